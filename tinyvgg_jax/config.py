@@ -1,0 +1,147 @@
+"""The config of a run: what may stand in it, how it is kept, and where two of them differ."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tinyvgg_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16")
+PIPELINES = ("stream",)
+# Where the data lies is not part of what a run computes.
+_LOCATIONS = ("data.data_dir", "data.source_dir")
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "seed": int,
+    "num_epochs": int,
+    "batch_size": int,
+    "learning_rate": float,
+    "learning_rate_decay": float,
+    "momentum": float,
+    "dtype": str,
+    "model.widths": tuple,
+    "model.convs_per_block": int,
+    "model.hidden": int,
+    "augment.rotation_degrees": float,
+    "augment.horizontal_flip": bool,
+    "data.name": str,
+    "data.data_dir": (str, type(None)),
+    "data.source_dir": (str, type(None)),
+    "data.pipeline": str,
+    "data.train_split": str,
+    "data.validation_split": str,
+    "data.test_split": str,
+}
+
+
+def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
+    """A frozen copy of a config in which every field is there, of its type and in its range.
+
+    Args:
+        config: the fields of `configs/default.py`.
+
+    Returns:
+        The copy: tuples for lists, floats for whole numbers where a float is meant.
+
+    Raises:
+        UserError: naming the first field that is missing, unknown or wrong.
+    """
+    given = dict(_flatten(config))
+    for name in given:
+        if name not in _FIELDS:
+            raise UserError(f"unknown config field {name!r}{suggestion(name, _FIELDS)}")
+    values = {}
+    for name, kind in _FIELDS.items():
+        if name not in given:
+            raise UserError(f"the config has no field {name!r}.")
+        values[name] = _of_type(name, given[name], kind)
+    _check_ranges(values)
+    result = ConfigDict()
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        if section and section not in result:
+            result[section] = ConfigDict()
+        (result[section] if section else result)[field] = value
+    return result.lock()
+
+
+def suggestion(word: str, known: Any) -> str:
+    """`; did you mean 'x'?` with the nearest of the known words, or a full stop."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_file(path: Path) -> ConfigDict:
+    """Reads a config that `to_json` wrote.
+
+    Raises:
+        UserError: if there is none, or it is not a valid config.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no run: there is no {path.name} in it.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a config.")
+    return validated(content)
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+    """One text for each field that differs and matters to the result, like `seed: 1, not 0`."""
+    a, b = dict(_flatten(ours)), dict(_flatten(theirs))
+    names = [name for name in _FIELDS if name not in _LOCATIONS and a[name] != b[name]]
+    return [f"{name}: {a[name]!r}, not {b[name]!r}" for name in names]
+
+
+def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    content = config.to_dict() if isinstance(config, ConfigDict) else config
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _of_type(name: str, value: Any, kind: Any) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise UserError(f"config.{name} must be of type {wanted}, not {value!r}.")
+    return value
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    def require(name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise UserError(f"config.{name} must be {what}, not {values[name]!r}.")
+
+    for name in ("num_epochs", "batch_size", "model.convs_per_block", "model.hidden"):
+        require(name, values[name] >= 1, "at least 1")
+    require("seed", 0 <= values["seed"] < 2**32, "from 0 to 4294967295")
+    for name in ("learning_rate", "learning_rate_decay"):
+        require(name, math.isfinite(values[name]) and values[name] > 0, "a positive number")
+    require("momentum", 0 <= values["momentum"] < 1, "at least 0 and less than 1")
+    require("dtype", values["dtype"] in DTYPES, "one of " + ", ".join(DTYPES))
+    widths = values["model.widths"]
+    whole = all(type(width) is int and width >= 1 for width in widths)
+    require("model.widths", bool(widths) and whole, "a tuple of positive whole numbers")
+    rotation = values["augment.rotation_degrees"]
+    require("augment.rotation_degrees", 0 <= rotation <= 180, "from 0 to 180")
+    require("data.pipeline", values["data.pipeline"] in PIPELINES, "one of " + ", ".join(PIPELINES))
+    require("data.name", bool(values["data.name"]), "the name of a dataset")

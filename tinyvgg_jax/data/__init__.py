@@ -1,0 +1,14 @@
+"""FashionMNIST, or another prepared tfds image set, as uint8 arrays and batches of them."""
+
+from tinyvgg_jax.data.batches import Batch, epoch_order, padded_batches, stream
+from tinyvgg_jax.data.splits import DatasetInfo, Split, load_splits
+
+__all__ = [
+    "Batch",
+    "DatasetInfo",
+    "Split",
+    "epoch_order",
+    "load_splits",
+    "padded_batches",
+    "stream",
+]

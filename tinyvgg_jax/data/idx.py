@@ -1,0 +1,112 @@
+"""The IDX files of the MNIST family: reading them, and knowing that they are whole."""
+
+import gzip
+import hashlib
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from tinyvgg_jax.errors import UserError
+
+# SHA-256 of FashionMNIST's decompressed bytes. (The compressed files differ between
+# distributors, who compress anew.)
+FASHION_MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+FILE_NAMES = tuple(FASHION_MNIST_SHA256)
+_PREFIXES = {"train": "train", "test": "t10k"}
+_NUM_CLASSES = 10
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """The file `name` in `folder`, compressed (`name.gz`) or not; None if there is neither."""
+    for candidate in (folder / f"{name}.gz", folder / name):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def read(path: Path, rank: int) -> np.ndarray:
+    """Reads one IDX file of unsigned bytes.
+
+    Args:
+        path: the file, gzipped if its name ends in `.gz`.
+        rank: the number of dimensions that it must have.
+
+    Returns:
+        A uint8 array of `rank` dimensions.
+
+    Raises:
+        UserError: if the file cannot be read, is not IDX, is truncated or too long, or is of
+            another rank.
+    """
+    try:
+        raw = path.read_bytes()
+        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again.") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise UserError(f"{path} is not an IDX file of unsigned bytes; fetch it again.")
+    if content[3] != rank:
+        raise UserError(f"{path} has {content[3]} dimensions where {rank} are expected.")
+    header = 4 + 4 * rank
+    if len(content) < header:
+        raise UserError(f"{path} is truncated; fetch it again.")
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", rank, 4))
+    if len(content) - header != int(np.prod(shape, dtype=np.int64)):
+        raise UserError(
+            f"{path} is damaged: its header promises {shape}, {len(content) - header:,} bytes "
+            "follow; fetch it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def read_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads and checks the four files of a set of the MNIST family.
+
+    Args:
+        folder: holds `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, gzipped or not.
+
+    Returns:
+        For "train" and "test": images `[N, H, W]` uint8 and labels `[N]` uint8.
+
+    Raises:
+        UserError: if a file is missing or damaged, counts differ, images of the two splits
+            differ in shape, or a label is not in 0 to 9.
+    """
+    splits = {}
+    for split, prefix in _PREFIXES.items():
+        names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+        paths = [find(folder, name) for name in names]
+        for name, path in zip(names, paths, strict=True):
+            if path is None:
+                raise UserError(f"{folder} holds neither {name}.gz nor {name}.")
+        images, labels = (read(path, rank) for path, rank in zip(paths, (3, 1), strict=True) if path)
+        if len(images) != len(labels):
+            raise UserError(f"{folder}: {len(images)} {split} images, {len(labels)} labels.")
+        if not len(labels) or labels.max() >= _NUM_CLASSES:
+            raise UserError(f"{folder}: the {split} labels are not all in 0 to {_NUM_CLASSES - 1}.")
+        splits[split] = (images, labels)
+    if splits["train"][0].shape[1:] != splits["test"][0].shape[1:]:
+        raise UserError(f"{folder}: the train and test images differ in size.")
+    return splits
+
+
+def is_fashion_mnist(folder: Path) -> bool:
+    """Whether all four files in `folder` are FashionMNIST's, to the last byte once decompressed."""
+    for name, expected in FASHION_MNIST_SHA256.items():
+        path = find(folder, name)
+        if path is None:
+            return False
+        try:
+            raw = path.read_bytes()
+            content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        except (OSError, EOFError, zlib.error):
+            return False
+        if hashlib.sha256(content).hexdigest() != expected:
+            return False
+    return True

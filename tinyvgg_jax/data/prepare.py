@@ -1,0 +1,140 @@
+"""Writes FashionMNIST as a tfds dataset (array_record) without TensorFlow, whole or not at all."""
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tinyvgg_jax.data import fetch, idx
+from tinyvgg_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NAME = "fashion_mnist"
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
+    """Writes `data_dir/fashion_mnist/VERSION`, which `tfds.data_source` then reads.
+
+    Args:
+        data_dir: tfds's folder of datasets; made if it does not exist.
+        source_dir: a folder with four IDX files; None fetches FashionMNIST's.
+
+    Raises:
+        UserError: if the files cannot be had or are damaged, or `data_dir` cannot be written.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{NAME}.", dir=data_dir))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {data_dir} ({error.strerror}); "
+            "pass another folder as --config.data.data_dir."
+        ) from error
+    try:
+        folder = source_dir or fetch.fetch_fashion_mnist(scratch)
+        if source_dir and not idx.is_fashion_mnist(source_dir):
+            arrays = idx.read_folder(source_dir)
+            logger.warning("The IDX files in %s are not FashionMNIST's; used as they are.", folder)
+        else:
+            arrays = idx.read_folder(folder)
+        logger.info("Preparing %s in %s ...", NAME, data_dir)
+        write_dataset(arrays, NAME, CLASS_NAMES, scratch, data_dir)
+    except OSError as error:
+        raise UserError(f"cannot prepare {NAME} in {data_dir}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_dataset(
+    arrays: Arrays, name: str, class_names: tuple[str, ...], scratch: Path, data_dir: Path
+) -> None:
+    """Writes arrays as a tfds dataset: built in `scratch`, then moved into place in one step.
+
+    Args:
+        arrays: for each split, images `[N, H, W]` or `[N, H, W, C]` uint8 and labels `[N]`.
+        name: of the dataset.
+        class_names: names of the labels, in order.
+        scratch: a folder on the file system of `data_dir`.
+        data_dir: receives `name/VERSION`. What another process put there first stays.
+    """
+    builder = _builder(arrays, name, class_names, scratch / "prepared")
+    with _quiet_progress_bars():
+        builder.download_and_prepare(file_format="array_record")
+    built = Path(builder.data_path)
+    target = data_dir / name / built.name
+    target.parent.mkdir(exist_ok=True)
+    try:
+        os.rename(built, target)
+    except OSError:
+        if not (target / "dataset_info.json").exists():
+            raise
+
+
+def _builder(
+    arrays: Arrays, name: str, class_names: tuple[str, ...], data_dir: Path
+) -> tfds.core.DatasetBuilder:
+    """A tfds builder of the same name, version and features as tfds's own, fed from arrays."""
+    shape = next(iter(arrays.values()))[0].shape[1:]
+    shape = shape if len(shape) == 3 else (*shape, 1)
+
+    class Builder(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("3.0.1")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {
+                "image": tfds.features.Image(shape=shape),
+                "label": tfds.features.ClassLabel(names=list(class_names)),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Images and their classes, prepared without TensorFlow.",
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label"),
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {split: self._generate_examples(split) for split in arrays}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+            for i, (image, label) in enumerate(zip(*arrays[split], strict=True)):
+                png = io.BytesIO()
+                Image.fromarray(image.squeeze()).save(png, "png", compress_level=1)
+                png.seek(0)
+                yield i, {"image": png, "label": int(label)}
+
+    Builder.name = name
+    return Builder(data_dir=os.fspath(data_dir))
+
+
+@contextlib.contextmanager
+def _quiet_progress_bars() -> Iterator[None]:
+    """tfds draws five bars for one short job."""
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        tfds.enable_progress_bar()

@@ -1,0 +1,122 @@
+"""The command line: flags in, one mode called, exit status out."""
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from tinyvgg_jax import config as config_lib
+from tinyvgg_jax import reporting
+from tinyvgg_jax.errors import DivergedError, InterruptedRun, UserError
+
+MODES = ("train", "eval")
+USAGE = """\
+Train Tiny VGG, or go on with a run that was interrupted:
+  python -m tinyvgg_jax.main --config configs/default.py [--workdir runs/default]
+                             [--config.FIELD=VALUE ...]
+Evaluate a checkpoint of a run:
+  python -m tinyvgg_jax.main --mode eval --workdir runs/default
+                             [--split train|validation|test] [--step N|latest|best]
+"""
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/NAME-OF-CONFIG.")
+_MODE = flags.DEFINE_string("mode", "train", "One of: " + ", ".join(MODES) + ".")
+_SPLIT = flags.DEFINE_string("split", "test", "For eval: train, validation or test.")
+_STEP = flags.DEFINE_string("step", "latest", "For eval: a number of steps, latest or best.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    0: done. 1: the loss diverged. 2: something the user can put right. 128 + N: signal N, after
+    saving.
+    """
+    argv = sys.argv if argv is None else argv
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
+        print(USAGE, end="")
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
+    try:
+        _parse(argv)
+        {"train": _train, "eval": _evaluate}[_MODE.value]()
+    except UserError as error:
+        return _fail(error, 2)
+    except DivergedError as error:
+        return _fail(error, 1)
+    except InterruptedRun as error:
+        return _fail(error, 128 + error.signal_number)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing that was saved is lost.", 130)
+    return 0
+
+
+def _fail(message: object, status: int) -> int:
+    print("tinyvgg_jax: " + " ".join(str(message).split()), file=sys.stderr)
+    return status
+
+
+def _parse(argv: list[str]) -> None:
+    """Parses the flags; whatever is wrong with them or the config file becomes a UserError."""
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(f"{error} (--help shows the usage)") from error
+    except OSError as error:
+        raise UserError(f"cannot read the config file: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_config_error(error)) from error
+    except Exception as error:
+        raise UserError(_config_error(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r} (--help shows the usage)")
+    if _MODE.value not in MODES:
+        raise UserError(
+            f"unknown mode {_MODE.value!r}; one of {', '.join(MODES)}"
+            + config_lib.suggestion(_MODE.value, MODES)
+        )
+
+
+def _config_error(error: Exception) -> str:
+    """Where in the user's config file an exception came from, if it came from there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    path = flags.FLAGS["config"].config_filename if "config" in flags.FLAGS else None
+    return f"{path}: {frames[-1].lineno}: {error}"
+
+
+def _workdir() -> Path:
+    if _WORKDIR.value:
+        return Path(_WORKDIR.value)
+    return Path("runs") / Path(config_flags.get_config_filename(_CONFIG)).stem
+
+
+def _train() -> None:
+    if _CONFIG.value is None:
+        raise UserError("pass a config file, like --config configs/default.py.")
+    workdir = _workdir()
+    from tinyvgg_jax.train import train_and_evaluate
+
+    summary = train_and_evaluate(_CONFIG.value, workdir)
+    print(reporting.summary_table(summary, workdir))
+
+
+def _evaluate() -> None:
+    if _WORKDIR.value is None:
+        raise UserError("--mode eval needs --workdir, the folder of a run.")
+    step = _STEP.value
+    if step not in ("latest", "best"):
+        if not step.isdecimal():
+            raise UserError(f"--step must be a number, latest or best, not {step!r}.")
+        step = int(step)
+    from tinyvgg_jax.evaluate import evaluate_run
+
+    content = evaluate_run(_WORKDIR.value, _SPLIT.value, step)
+    print(reporting.evaluation_table(content, _SPLIT.value))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

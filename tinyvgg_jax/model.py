@@ -1,0 +1,92 @@
+"""Tiny VGG: blocks of 3x3 convolutions with ReLU, 2x2 max pooling, two dense layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from tinyvgg_jax.convolution import same_convolution
+
+
+def max_pool_2x2(x: Array) -> Array:
+    """The maximum of each 2x2 square; an odd last row or column is left out.
+
+    A reshape and a maximum, because on a CPU the gradient of `reduce_window` is ten times slower.
+
+    Args:
+        x: `[B, H, W, C]`.
+
+    Returns:
+        `[B, H // 2, W // 2, C]`.
+    """
+    B, H, W, C = x.shape
+    even = x[:, : H // 2 * 2, : W // 2 * 2]
+    return even.reshape(B, H // 2, 2, W // 2, 2, C).max(axis=(2, 4))
+
+
+def _convolve(images: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """What `nn.Conv` calls: its stride is 1 and its padding SAME, as ours is."""
+    return same_convolution(images, kernel)
+
+
+class TinyVGG(nn.Module):
+    """A small VGG (Simonyan & Zisserman, arXiv:1409.1556) without batch normalisation.
+
+    The defaults have 1,736,906 parameters on 28x28x1 images. Parameters are float32. The
+    convolutions define reverse-mode derivatives only: `jax.grad`, not `jax.jvp`.
+
+    Attributes:
+        widths: filters of the convolutions of each block; a 2x2 max pooling ends each block.
+        convs_per_block: convolutions in each block, each 3x3, SAME, followed by ReLU.
+        hidden: width of the dense layer before the last.
+        num_classes: number of logits.
+        dtype: dtype of the computation; the logits are float32 whatever it is.
+    """
+
+    widths: Sequence[int] = (64, 128, 256)
+    convs_per_block: int = 2
+    hidden: int = 256
+    num_classes: int = 10
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Computes the logits.
+
+        Args:
+            images: `[B, H, W, C]`, floating, in [0, 1].
+
+        Returns:
+            `[B, num_classes]` float32 logits.
+
+        Raises:
+            ValueError: if `images` does not have four dimensions, or its height or width is
+                less than 2 to the number of blocks, so that nothing is left after pooling.
+        """
+        if images.ndim != 4:
+            raise ValueError(f"images must be [B, H, W, C], not of shape {images.shape}.")
+        smallest = 2 ** len(self.widths)
+        if min(images.shape[1:3]) < smallest:
+            raise ValueError(
+                f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for "
+                f"{len(self.widths)} blocks: at least {smallest}x{smallest}, or fewer widths."
+            )
+        x = images.astype(self.dtype)
+        for block, width in enumerate(self.widths, start=1):
+            for layer in range(1, self.convs_per_block + 1):
+                x = nn.Conv(
+                    width,
+                    (3, 3),
+                    dtype=self.dtype,
+                    conv_general_dilated=_convolve,
+                    name=f"conv{block}_{layer}",
+                )(x)
+                x = nn.relu(x)
+            x = max_pool_2x2(x)
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="dense")(x))
+        x = nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x)
+        return x.astype(jnp.float32)
+

@@ -1,0 +1,123 @@
+"""What a run tells people and tools: the progress bar, metrics.jsonl, TensorBoard, tables."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+# Between two updates of the bar, and of the lines where there is no terminal.
+_BAR_SECONDS = 0.5
+_LINE_SECONDS = 60.0
+# The paper's accuracies, in percent.
+PAPER = {"train": 90.3, "validation": 89.7, "test": 89.5}
+
+
+class Progress:
+    """The progress of one epoch on standard error: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, epoch: int, num_epochs: int, first_step: int, steps: int, batch_size: int):
+        self._title = f"epoch {epoch}/{num_epochs}"
+        self._batch_size = batch_size
+        self._start = self._last = time.monotonic()
+        self._first_step, self._steps = first_step, steps
+        self._is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc=self._title,
+            total=steps * batch_size,
+            initial=first_step * batch_size,
+            unit=" images",
+            unit_scale=True,
+            disable=not self._is_terminal,
+            leave=False,
+        )
+
+    def is_due(self) -> bool:
+        """Whether it is time to fetch figures from the device and show them."""
+        interval = _BAR_SECONDS if self._is_terminal else _LINE_SECONDS
+        return time.monotonic() - self._last >= interval
+
+    def show(self, step: int, loss: float, accuracy: float) -> None:
+        """Shows figures of the epoch so far: its finished steps, mean loss and accuracy."""
+        self._last = time.monotonic()
+        if self._is_terminal:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+            self._bar.update(step * self._batch_size - self._bar.n)
+            return
+        rate = (step - self._first_step) / (self._last - self._start)
+        left = (self._steps - step) / rate if rate else float("nan")
+        print(
+            f"{self._title}, step {step}/{self._steps}: loss {loss:.4f}, accuracy {accuracy:.2%}, "
+            f"{rate * self._batch_size:,.0f} images/s, {left:.0f} s left in the epoch",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Takes the bar off the terminal."""
+        self._bar.close()
+
+
+def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
+    """One line on a finished epoch, from its record in metrics.jsonl."""
+    return (
+        f"epoch {record['epoch']}/{num_epochs}: "
+        f"train loss {record['train_loss']:.4f}, accuracy {record['train_accuracy']:.2%}; "
+        f"validation loss {record['validation_loss']:.4f}, "
+        f"accuracy {record['validation_accuracy']:.2%}; "
+        f"{record['seconds']:.1f} s, {record['images_per_second']:,.0f} images/s"
+    )
+
+
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Writes metrics.jsonl anew, in one step: a line an epoch."""
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in history))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file, so that a reader and a crash see the old or the new one, whole."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def tensorboard_scalars(writer: Any, record: dict[str, Any]) -> None:
+    """Adds an epoch's record to a tensorboardX writer, in TensorBoard's two groups."""
+    for name, value in record.items():
+        split, _, kind = name.partition("_")
+        if split in ("train", "validation"):
+            writer.add_scalar(f"{kind}/{split}", value, record["step"])
+    writer.add_scalar("learning_rate", record["learning_rate"], record["step"])
+    writer.add_scalar("images_per_second", record["images_per_second"], record["step"])
+    writer.flush()
+
+
+def summary_table(summary: dict[str, Any], workdir: Path) -> str:
+    """The accuracies of a finished run, beside the paper's."""
+    lines = ["split         accuracy    loss      the paper"]
+    for split, paper in PAPER.items():
+        accuracy, loss = summary[f"{split}_accuracy"], summary[f"{split}_loss"]
+        lines.append(f"{split:<12}  {accuracy:>7.2%}    {loss:.4f}    {paper:.1f}%")
+    lines.append(
+        f"{summary['parameters']:,} parameters, {summary['seconds']:,.0f} s of training on "
+        f"{summary['device']}; all in {workdir}"
+    )
+    return "\n".join(lines)
+
+
+def evaluation_table(content: dict[str, Any], split: str) -> str:
+    """What `evaluation/SPLIT.json` says, as a table."""
+    width = max(len(row["class"]) for row in content["per_class"])
+    lines = [f"{'class':<{width}}  accuracy  correct    count"]
+    for row in content["per_class"]:
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+        lines.append(
+            f"{row['class']:<{width}}  {accuracy:>8}  {row['correct']:>7,}  {row['count']:>7,}"
+        )
+    lines.append(
+        f"{split}: accuracy {content['accuracy']:.2%} ({content['correct']:,} of "
+        f"{content['count']:,}), loss {content['loss']:.4f}, checkpoint of step {content['step']}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,466 @@
+"""Training: the pure step, the epoch loop, and a run from its config to its summary."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import logging
+import math
+import signal
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from tinyvgg_jax import config as config_lib
+from tinyvgg_jax import reporting
+from tinyvgg_jax.augment import augment
+from tinyvgg_jax.checkpoint import Checkpoints
+from tinyvgg_jax.data import Batch, DatasetInfo, Split, epoch_order, load_splits, stream
+from tinyvgg_jax.errors import DivergedError, InterruptedRun, UserError
+from tinyvgg_jax.evaluate import build_model, evaluate, to_float
+from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
+
+logger = logging.getLogger(__name__)
+
+# Steps that may be under way at a time: enough that the device never waits, few enough that
+# Ctrl-C is heard at once.
+_RUN_AHEAD = 4
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+        step: int32 scalar, optimizer steps taken.
+        params: tree of float32 arrays.
+        opt_state: Optax's state.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """Sums over the examples of some steps, as scalars.
+
+    Attributes:
+        loss: float32, of the cross-entropies in nats.
+        correct: int32, of the correct predictions.
+        count: int32, of the examples.
+        diverged_at: int32, the first step with a loss that is not finite, counted from 1; or 0.
+    """
+
+    loss: Array
+    correct: Array
+    count: Array
+    diverged_at: Array
+
+    @classmethod
+    def zero(cls) -> "Metrics":
+        return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+    def plus(self, other: "Metrics") -> "Metrics":
+        """The sums over both, `self` being the earlier."""
+        diverged_at = jnp.where(self.diverged_at > 0, self.diverged_at, other.diverged_at)
+        return Metrics(
+            self.loss + other.loss,
+            self.correct + other.correct,
+            self.count + other.count,
+            diverged_at,
+        )
+
+
+TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
+Augmentation = Callable[[Array, Array], Array]
+
+
+def named_key(key: Array, name: str) -> Array:
+    """The key for one purpose: `key` with a hash of the purpose's name folded in."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def make_train_step(
+    model: TinyVGG, optimizer: optax.GradientTransformation, augmentation: Augmentation
+) -> TrainStep:
+    """Makes the pure function that takes one optimizer step.
+
+    Args:
+        model: the network.
+        optimizer: updates its parameters.
+        augmentation: `(key, images [B, H, W, C] float) -> images`.
+
+    Returns:
+        `(state, batch, key) -> (state, metrics)`, to be jitted. The augmentation's key is
+        `key` with the step's number folded in.
+    """
+
+    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+        images = augmentation(jax.random.fold_in(key, state.step), to_float(batch.images))
+
+        def mean_loss(params: Any) -> tuple[Array, Array]:
+            logits = model.apply({"params": params}, images)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            return losses.mean(), logits
+
+        (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        count = batch.labels.shape[0]
+        metrics = Metrics(
+            loss=loss * count,
+            correct=(logits.argmax(axis=-1) == batch.labels).sum(dtype=jnp.int32),
+            count=jnp.int32(count),
+            diverged_at=jnp.where(jnp.isfinite(loss), 0, step),
+        )
+        return TrainState(step, params, opt_state), metrics
+
+    return train_step
+
+
+def init_state(
+    model: TinyVGG,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    image_shape: tuple[int, int, int],
+) -> TrainState:
+    """The state before the first step; pure, so that it also works under `jax.eval_shape`."""
+    params = model.init(key, jnp.zeros((1, *image_shape)))["params"]
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run is made of and does not change."""
+
+    config: ConfigDict
+    workdir: Path
+    splits: dict[str, Split]
+    info: DatasetInfo
+    model: TinyVGG
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    key: Array
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.splits["train"]) // self.config.batch_size
+
+    @functools.cached_property
+    def update(self) -> Callable[..., tuple[TrainState, Metrics, Array]]:
+        """The compiled step: adds its metrics to running sums; also returns something to wait for."""
+        settings = self.config.augment.to_dict()
+        step = make_train_step(self.model, self.optimizer, functools.partial(augment, **settings))
+        key = named_key(self.key, "augment")
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def update(
+            state: TrainState, sums: Metrics, batch: Batch
+        ) -> tuple[TrainState, Metrics, Array]:
+            state, metrics = step(state, batch, key)
+            return state, sums.plus(metrics), metrics.loss
+
+        return update
+
+
+@dataclasses.dataclass
+class _Position:
+    """Where a run is: all that a checkpoint holds."""
+
+    state: TrainState
+    sums: Metrics
+    seconds: float  # of training in this epoch so far
+    history: list[dict[str, Any]]
+
+
+def train_and_evaluate(
+    config: ConfigDict | Mapping[str, Any], workdir: str | Path
+) -> dict[str, Any]:
+    """Trains a network, or goes on where an earlier call stopped, and evaluates it.
+
+    Args:
+        config: the fields of `configs/default.py`.
+        workdir: receives `config.json`, `metrics.jsonl`, `checkpoints/`, TensorBoard's events
+            and `summary.json`.
+
+    Returns:
+        The summary: accuracies (fractions) and losses (nats) of the last epoch's parameters on
+        the train split without augmentation, validation and test; parameters, seconds, device,
+        versions.
+
+    Raises:
+        UserError: if something in the config, the data or the folder is not right.
+        DivergedError: if the loss is no longer finite. The last checkpoint is kept.
+        InterruptedRun: on SIGINT or SIGTERM, after saving. Calling again goes on from there.
+    """
+    config = config_lib.validated(config)
+    workdir = Path(workdir).expanduser().absolute()
+    _claim(workdir, config)
+    run = _assemble(config, workdir)
+    with _writing_to(workdir):
+        reporting.write_atomically(
+            workdir / "dataset.json", json.dumps(dataclasses.asdict(run.info), indent=2) + "\n"
+        )
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
+            position = _start(run, checkpoints)
+            _train(run, position, checkpoints)
+        return _finish(run, position)
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the folder this run's; refuses one that holds a run of another config."""
+    path = workdir / "config.json"
+    if path.exists():
+        differences = config_lib.differences(config, config_lib.from_file(path))
+        if differences:
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(differences)}). "
+                "Pass another --workdir, or the same config to go on with that run."
+            )
+        return
+    with _writing_to(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        reporting.write_atomically(path, config_lib.to_json(config))
+
+
+@contextlib.contextmanager
+def _writing_to(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir}: {error.strerror or error}.") from error
+
+
+def _assemble(config: ConfigDict, workdir: Path) -> _Run:
+    wanted = {name: config.data[f"{name}_split"] for name in ("train", "validation", "test")}
+    splits, info = load_splits(
+        config.data.name, wanted, config.data.data_dir, config.data.source_dir
+    )
+    size = len(splits["train"])
+    if config.batch_size > size:
+        raise UserError(
+            f"config.batch_size is {config.batch_size:,}, more than the {size:,} examples of "
+            f"{config.data.train_split!r}."
+        )
+    schedule = learning_rate_schedule(
+        config.learning_rate, config.learning_rate_decay, size // config.batch_size
+    )
+    return _Run(
+        config=config,
+        workdir=workdir,
+        splits=splits,
+        info=info,
+        model=build_model(config, info),
+        schedule=schedule,
+        optimizer=sgd(schedule, config.momentum),
+        key=jax.random.key(config.seed),
+    )
+
+
+def _start(run: _Run, checkpoints: Checkpoints) -> _Position:
+    """The newest checkpoint's position, or the beginning."""
+    shape = run.info.image_shape
+    init = functools.partial(init_state, run.model, run.optimizer, image_shape=shape)
+    key = named_key(run.key, "init")
+    abstract = jax.eval_shape(init, key)
+    restored = checkpoints.restore_newest(abstract.params, abstract.opt_state)
+    if restored is None:
+        return _Position(jax.jit(init)(key), Metrics.zero(), 0.0, [])
+    progress = restored.progress
+    history = progress["history"]
+    reporting.write_history(run.workdir / "metrics.jsonl", history)
+    logger.info("Going on from step %d in %s.", restored.step, run.workdir)
+    return _Position(
+        state=TrainState(jnp.int32(restored.step), restored.params, restored.opt_state),
+        sums=Metrics(
+            jnp.float32(progress["loss"]),
+            jnp.int32(progress["correct"]),
+            jnp.int32(progress["count"]),
+            jnp.int32(0),
+        ),
+        seconds=progress["seconds"],
+        history=history,
+    )
+
+
+def _save(position: _Position, checkpoints: Checkpoints, accuracy: float | None) -> None:
+    sums = jax.device_get(position.sums)
+    progress = {
+        "loss": float(sums.loss),
+        "correct": int(sums.correct),
+        "count": int(sums.count),
+        "seconds": position.seconds,
+        "history": position.history,
+    }
+    state = position.state
+    checkpoints.save(int(state.step), state.params, state.opt_state, progress, accuracy)
+
+
+def _train(run: _Run, position: _Position, checkpoints: Checkpoints) -> None:
+    """Trains to the last epoch, changing `position`."""
+    from tensorboardX import SummaryWriter
+
+    num_epochs = run.config.num_epochs
+    first = len(position.history)
+    if first == num_epochs:
+        return
+    writer = SummaryWriter(
+        str(run.workdir / "tensorboard"), purge_step=int(position.state.step) if first else None
+    )
+    with _stop_signal() as received, contextlib.closing(writer):
+        for epoch in range(first, num_epochs):
+            _train_epoch(run, position, epoch, received)
+            if received and int(position.sums.count) < run.steps_per_epoch * run.config.batch_size:
+                _save(position, checkpoints, None)
+                _leave(position, checkpoints, run, received[0])
+            record = _end_epoch(run, position, epoch)
+            _save(position, checkpoints, record["validation_accuracy"])
+            reporting.write_history(run.workdir / "metrics.jsonl", position.history)
+            reporting.tensorboard_scalars(writer, record)
+            logger.info("%s", reporting.epoch_line(record, num_epochs))
+            if received and epoch + 1 < num_epochs:
+                _leave(position, checkpoints, run, received[0])
+
+
+def _train_epoch(run: _Run, position: _Position, epoch: int, received: list[int]) -> None:
+    """Takes the epoch's remaining steps; fewer if a signal is received."""
+    batch_size = run.config.batch_size
+    first_step = int(position.state.step) - epoch * run.steps_per_epoch
+    order = epoch_order(named_key(run.key, "order"), epoch, len(run.splits["train"]))
+    batches = stream(run.splits["train"], order, batch_size, first_step)
+    progress = reporting.Progress(
+        epoch + 1, run.config.num_epochs, first_step, run.steps_per_epoch, batch_size
+    )
+    state, sums = position.state, position.sums
+    under_way: deque[Array] = deque()
+    start = time.perf_counter()
+    with contextlib.closing(progress):
+        for step, batch in enumerate(batches, start=first_step + 1):
+            state, sums, loss = run.update(state, sums, batch)
+            under_way.append(loss)
+            if len(under_way) > _RUN_AHEAD:
+                under_way.popleft().block_until_ready()
+            if progress.is_due():
+                so_far = _checked(sums, run)
+                progress.show(
+                    step, so_far.loss / so_far.count, float(so_far.correct / so_far.count)
+                )
+            if received:
+                break
+        _checked(sums, run)
+    position.state, position.sums = state, sums
+    position.seconds += time.perf_counter() - start
+
+
+def _checked(sums: Metrics, run: _Run) -> Metrics:
+    """The sums as NumPy scalars, waiting for the device; an error where a loss was not finite."""
+    fetched: Metrics = jax.device_get(sums)
+    if fetched.diverged_at:
+        raise _diverged("training", int(fetched.diverged_at), run)
+    return fetched
+
+
+def _diverged(which: str, step: int, run: _Run) -> DivergedError:
+    return DivergedError(
+        f"the {which} loss is not a finite number at step {step}. The last good checkpoint is "
+        f"kept in {run.workdir}. Try a lower --config.learning_rate in another --workdir.",
+        step,
+    )
+
+
+def _end_epoch(run: _Run, position: _Position, epoch: int) -> dict[str, Any]:
+    """Validates, adds the epoch's record to the history and begins the next one's sums."""
+    sums = jax.device_get(position.sums)
+    step = int(position.state.step)
+    validation = evaluate(run.model, position.state.params, run.splits["validation"])
+    if not math.isfinite(validation.loss):
+        raise _diverged("validation", step, run)
+    record = {
+        "epoch": epoch + 1,
+        "step": step,
+        "learning_rate": float(run.schedule(step - 1)),
+        "train_loss": float(sums.loss) / int(sums.count),
+        "train_accuracy": int(sums.correct) / int(sums.count),
+        "validation_loss": validation.mean_loss,
+        "validation_accuracy": validation.accuracy,
+        "seconds": position.seconds,
+        "images_per_second": int(sums.count) / position.seconds,
+    }
+    position.history.append(record)
+    position.sums, position.seconds = Metrics.zero(), 0.0
+    return record
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list; a second one acts as it would have without us."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        restore()
+        logger.info("Received %s; saving ...", signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _leave(position: _Position, checkpoints: Checkpoints, run: _Run, number: int) -> None:
+    checkpoints.wait()
+    raise InterruptedRun(
+        f"interrupted at step {int(position.state.step)}; everything is saved in {run.workdir}. "
+        "Run the same command again to go on from there.",
+        number,
+    )
+
+
+def _finish(run: _Run, position: _Position) -> dict[str, Any]:
+    """Evaluates the last parameters on every split and writes summary.json, unless it is there."""
+    path = run.workdir / "summary.json"
+    step = int(position.state.step)
+    with contextlib.suppress(OSError, ValueError):
+        summary: dict[str, Any] = json.loads(path.read_text())
+        if summary["step"] == step:
+            logger.info("This run is finished already.")
+            return summary
+    logger.info("Evaluating ...")
+    summary = {}
+    for name, split in run.splits.items():
+        result = evaluate(run.model, position.state.params, split)
+        summary[f"{name}_accuracy"] = result.accuracy
+        summary[f"{name}_loss"] = result.mean_loss
+    summary |= {
+        "step": step,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(position.state.params)),
+        "seconds": sum(record["seconds"] for record in position.history),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
+    reporting.write_atomically(path, json.dumps(summary, indent=2) + "\n")
+    return summary
