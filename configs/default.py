@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.hidden = 256
 
     config.augment = ConfigDict()
-    config.augment.rotation_degrees = 5.0
+    config.augment.rotation_degrees = 10.0
     config.augment.horizontal_flip = True
 
     config.data = ConfigDict()
