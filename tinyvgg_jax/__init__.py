@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinyvgg_jax.evaluate import restore as restore
     from tinyvgg_jax.errors import UserError as UserError
+    from tinyvgg_jax.evaluate import restore as restore
     from tinyvgg_jax.model import TinyVGG as TinyVGG
     from tinyvgg_jax.train import train_and_evaluate as train_and_evaluate
 

@@ -49,9 +49,7 @@ def flip_horizontally(images: Array, flip: Array) -> Array:
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
-def augment(
-    key: Array, images: Array, *, rotation_degrees: float, horizontal_flip: bool
-) -> Array:
+def augment(key: Array, images: Array, *, rotation_degrees: float, horizontal_flip: bool) -> Array:
     """Rotates and mirrors each image by a draw of its own.
 
     Args:

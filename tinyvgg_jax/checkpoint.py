@@ -69,7 +69,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except Exception as error:
             # Orbax lets whatever its JSON parser and the file system raise through.
-            raise UserError(f"cannot open the checkpoints in {folder}: {_first_line(error)}") from error
+            raise UserError(
+                f"cannot open the checkpoints in {folder}: {_first_line(error)}"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -16,7 +16,8 @@ PIPELINES = ("stream",)
 # Where the data lies is not part of what a run computes.
 _LOCATIONS = ("data.data_dir", "data.source_dir")
 
-_FIELDS: dict[str, type | tuple[type, ...]] = {
+# Every field and its type.
+FIELDS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "num_epochs": int,
     "batch_size": int,
@@ -53,10 +54,10 @@ def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     """
     given = dict(_flatten(config))
     for name in given:
-        if name not in _FIELDS:
-            raise UserError(f"unknown config field {name!r}{suggestion(name, _FIELDS)}")
+        if name not in FIELDS:
+            raise UserError(f"unknown config field {name!r}{suggestion(name, FIELDS)}")
     values = {}
-    for name, kind in _FIELDS.items():
+    for name, kind in FIELDS.items():
         if name not in given:
             raise UserError(f"the config has no field {name!r}.")
         values[name] = _of_type(name, given[name], kind)
@@ -101,7 +102,7 @@ def from_file(path: Path) -> ConfigDict:
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
     """One text for each field that differs and matters to the result, like `seed: 1, not 0`."""
     a, b = dict(_flatten(ours)), dict(_flatten(theirs))
-    names = [name for name in _FIELDS if name not in _LOCATIONS and a[name] != b[name]]
+    names = [name for name in FIELDS if name not in _LOCATIONS and a[name] != b[name]]
     return [f"{name}: {a[name]!r}, not {b[name]!r}" for name in names]
 
 

@@ -31,7 +31,9 @@ def _kernel_gradient_from_patches(
     k_h, k_w = kernel_size
     pad_h, pad_w = (k_h - 1) // 2, (k_w - 1) // 2
     padding = ((0, 0), (pad_h, k_h - 1 - pad_h), (pad_w, k_w - 1 - pad_w), (0, 0))
-    chunk = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * H * W <= _PIXELS_PER_CHUNK))
+    chunk = max(
+        n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * H * W <= _PIXELS_PER_CHUNK)
+    )
     padded = jnp.pad(images, padding).reshape(B // chunk, chunk, H + k_h - 1, W + k_w - 1, C_in)
     gradients = gradient.reshape(B // chunk, chunk * H * W, C_out)
 
@@ -76,7 +78,9 @@ def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, A
         return kernel_vjp(gradient)[0]
 
     def cpu(images: Array, gradient: Array) -> Array:
-        by_patches = _kernel_gradient_from_patches(images, gradient, kernel.shape[:2])
+        by_patches = _kernel_gradient_from_patches(
+            images, gradient, (kernel.shape[0], kernel.shape[1])
+        )
         return by_patches.astype(kernel.dtype)
 
     kernel_gradient = lax.platform_dependent(images, gradient, cpu=cpu, default=xla)

@@ -17,7 +17,7 @@ class DivergedError(RuntimeError):
         self.step = step
 
 
-class InterruptedRun(Exception):
+class InterruptedRunError(Exception):
     """A signal ended the run after its state was saved. Exit status 128 + signal.
 
     Attributes:

@@ -1,9 +1,10 @@
 """Exact metrics of parameters on a split, and restoring them from a run's folder."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.checkpoint import Checkpoints, Restored
 from tinyvgg_jax.data import Batch, DatasetInfo, Split, load_splits, padded_batches
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.model import TinyVGG, apply
 
 # Large enough to keep a device busy, small enough for a laptop's memory.
 BATCH_SIZE = 500
@@ -25,7 +26,8 @@ SPLITS = ("train", "validation", "test")
 _RUN_AHEAD = 4
 
 
-class Evaluation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
     """Sums over a split, every example counted once.
 
     Attributes:
@@ -88,7 +90,7 @@ def evaluate(model: TinyVGG, params: Any, split: Split, batch_size: int = BATCH_
 def _evaluate_batch(
     model: TinyVGG, params: Any, batch: Batch, count: int
 ) -> tuple[Array, Array, Array]:
-    logits = model.apply({"params": params}, to_float(batch.images))
+    logits = apply(model, params, to_float(batch.images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     real = jnp.arange(len(batch.labels)) < count
     right = real & (logits.argmax(axis=-1) == batch.labels)

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import reporting
-from tinyvgg_jax.errors import DivergedError, InterruptedRun, UserError
+from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 
 MODES = ("train", "eval")
 USAGE = """\
@@ -22,7 +22,9 @@ Evaluate a checkpoint of a run:
                              [--split train|validation|test] [--step N|latest|best]
 """
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The config file.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="The config file.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/NAME-OF-CONFIG.")
 _MODE = flags.DEFINE_string("mode", "train", "One of: " + ", ".join(MODES) + ".")
 _SPLIT = flags.DEFINE_string("split", "test", "For eval: train, validation or test.")
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 2)
     except DivergedError as error:
         return _fail(error, 1)
-    except InterruptedRun as error:
+    except InterruptedRunError as error:
         return _fail(error, 128 + error.signal_number)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing that was saved is lost.", 130)
@@ -68,10 +70,9 @@ def _parse(argv: list[str]) -> None:
         raise UserError(f"{error} (--help shows the usage)") from error
     except OSError as error:
         raise UserError(f"cannot read the config file: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_config_error(error)) from error
-    except Exception as error:
-        raise UserError(_config_error(error)) from error
+    except (Exception, SystemExit) as error:
+        # A config file is Python: anything may come out of it.
+        raise UserError(f"the config is not right: {_origin(error)}{error}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r} (--help shows the usage)")
     if _MODE.value not in MODES:
@@ -81,11 +82,17 @@ def _parse(argv: list[str]) -> None:
         )
 
 
-def _config_error(error: Exception) -> str:
-    """Where in the user's config file an exception came from, if it came from there."""
+def _origin(error: BaseException) -> str:
+    """`FILE:LINE: ERROR: `, if the error comes from a file of the user's."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: "
     frames = traceback.extract_tb(error.__traceback__)
-    path = flags.FLAGS["config"].config_filename if "config" in flags.FLAGS else None
-    return f"{path}: {frames[-1].lineno}: {error}"
+    library = Path(config_flags.__file__).parent
+    ours = [f for f in frames if Path(f.filename).suffix == ".py"]
+    last = ours[-1] if ours else None
+    if last is None or Path(last.filename).is_relative_to(library):
+        return ""
+    return f"{last.filename}:{last.lineno}: {type(error).__name__}: "
 
 
 def _workdir() -> Path:
@@ -108,13 +115,11 @@ def _evaluate() -> None:
     if _WORKDIR.value is None:
         raise UserError("--mode eval needs --workdir, the folder of a run.")
     step = _STEP.value
-    if step not in ("latest", "best"):
-        if not step.isdecimal():
-            raise UserError(f"--step must be a number, latest or best, not {step!r}.")
-        step = int(step)
+    if step not in ("latest", "best") and not step.isdecimal():
+        raise UserError(f"--step must be a number, latest or best, not {step!r}.")
     from tinyvgg_jax.evaluate import evaluate_run
 
-    content = evaluate_run(_WORKDIR.value, _SPLIT.value, step)
+    content = evaluate_run(_WORKDIR.value, _SPLIT.value, int(step) if step.isdecimal() else step)
     print(reporting.evaluation_table(content, _SPLIT.value))
 
 

@@ -1,7 +1,7 @@
 """Tiny VGG: blocks of 3x3 convolutions with ReLU, 2x2 max pooling, two dense layers."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -29,6 +29,20 @@ def max_pool_2x2(x: Array) -> Array:
 def _convolve(images: Array, kernel: Array, *_: Any, **__: Any) -> Array:
     """What `nn.Conv` calls: its stride is 1 and its padding SAME, as ours is."""
     return same_convolution(images, kernel)
+
+
+def apply(model: nn.Module, params: Any, images: Array) -> Array:
+    """`model.apply` for a model whose variables are its parameters.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        images: `[B, H, W, C]`, floating, in [0, 1].
+
+    Returns:
+        `[B, num_classes]` float32 logits.
+    """
+    return cast(Array, model.apply({"params": params}, images))
 
 
 class TinyVGG(nn.Module):
@@ -89,4 +103,3 @@ class TinyVGG(nn.Module):
         x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="dense")(x))
         x = nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x)
         return x.astype(jnp.float32)
-

@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Between two updates of the bar, and of the lines where there is no terminal.
-_BAR_SECONDS = 0.5
+# Between two looks at the device's figures, and between lines where there is no terminal.
+_LOOK_SECONDS = 0.5
 _LINE_SECONDS = 60.0
 # The paper's accuracies, in percent.
 PAPER = {"train": 90.3, "validation": 89.7, "test": 89.5}
@@ -21,7 +21,7 @@ class Progress:
     def __init__(self, epoch: int, num_epochs: int, first_step: int, steps: int, batch_size: int):
         self._title = f"epoch {epoch}/{num_epochs}"
         self._batch_size = batch_size
-        self._start = self._last = time.monotonic()
+        self._start = self._last_look = self._last_line = time.monotonic()
         self._first_step, self._steps = first_step, steps
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -35,18 +35,20 @@ class Progress:
         )
 
     def is_due(self) -> bool:
-        """Whether it is time to fetch figures from the device and show them."""
-        interval = _BAR_SECONDS if self._is_terminal else _LINE_SECONDS
-        return time.monotonic() - self._last >= interval
+        """Whether it is time to fetch figures from the device and call `show`."""
+        return time.monotonic() - self._last_look >= _LOOK_SECONDS
 
     def show(self, step: int, loss: float, accuracy: float) -> None:
         """Shows figures of the epoch so far: its finished steps, mean loss and accuracy."""
-        self._last = time.monotonic()
+        now = self._last_look = time.monotonic()
         if self._is_terminal:
             self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
             self._bar.update(step * self._batch_size - self._bar.n)
             return
-        rate = (step - self._first_step) / (self._last - self._start)
+        if now - self._last_line < _LINE_SECONDS:
+            return
+        self._last_line = now
+        rate = (step - self._first_step) / (now - self._start)
         left = (self._steps - step) / rate if rate else float("nan")
         print(
             f"{self._title}, step {step}/{self._steps}: loss {loss:.4f}, accuracy {accuracy:.2%}, "

@@ -27,9 +27,9 @@ from tinyvgg_jax import reporting
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.checkpoint import Checkpoints
 from tinyvgg_jax.data import Batch, DatasetInfo, Split, epoch_order, load_splits, stream
-from tinyvgg_jax.errors import DivergedError, InterruptedRun, UserError
+from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.evaluate import build_model, evaluate, to_float
-from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
 
 logger = logging.getLogger(__name__)
@@ -60,13 +60,13 @@ class Metrics(NamedTuple):
     Attributes:
         loss: float32, of the cross-entropies in nats.
         correct: int32, of the correct predictions.
-        count: int32, of the examples.
+        examples: int32, their number.
         diverged_at: int32, the first step with a loss that is not finite, counted from 1; or 0.
     """
 
     loss: Array
     correct: Array
-    count: Array
+    examples: Array
     diverged_at: Array
 
     @classmethod
@@ -79,7 +79,7 @@ class Metrics(NamedTuple):
         return Metrics(
             self.loss + other.loss,
             self.correct + other.correct,
-            self.count + other.count,
+            self.examples + other.examples,
             diverged_at,
         )
 
@@ -112,7 +112,7 @@ def make_train_step(
         images = augmentation(jax.random.fold_in(key, state.step), to_float(batch.images))
 
         def mean_loss(params: Any) -> tuple[Array, Array]:
-            logits = model.apply({"params": params}, images)
+            logits = apply(model, params, images)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return losses.mean(), logits
 
@@ -120,11 +120,10 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        count = batch.labels.shape[0]
         metrics = Metrics(
-            loss=loss * count,
+            loss=loss * len(batch.labels),
             correct=(logits.argmax(axis=-1) == batch.labels).sum(dtype=jnp.int32),
-            count=jnp.int32(count),
+            examples=jnp.int32(len(batch.labels)),
             diverged_at=jnp.where(jnp.isfinite(loss), 0, step),
         )
         return TrainState(step, params, opt_state), metrics
@@ -162,7 +161,7 @@ class _Run:
 
     @functools.cached_property
     def update(self) -> Callable[..., tuple[TrainState, Metrics, Array]]:
-        """The compiled step: adds its metrics to running sums; also returns something to wait for."""
+        """The compiled step: adds to running sums, returns something to wait for."""
         settings = self.config.augment.to_dict()
         step = make_train_step(self.model, self.optimizer, functools.partial(augment, **settings))
         key = named_key(self.key, "augment")
@@ -205,24 +204,21 @@ def train_and_evaluate(
     Raises:
         UserError: if something in the config, the data or the folder is not right.
         DivergedError: if the loss is no longer finite. The last checkpoint is kept.
-        InterruptedRun: on SIGINT or SIGTERM, after saving. Calling again goes on from there.
+        InterruptedRunError: on SIGINT or SIGTERM, after saving. Calling again goes on from there.
     """
     config = config_lib.validated(config)
     workdir = Path(workdir).expanduser().absolute()
-    _claim(workdir, config)
+    _refuse_another_run(workdir, config)
     run = _assemble(config, workdir)
     with _writing_to(workdir):
-        reporting.write_atomically(
-            workdir / "dataset.json", json.dumps(dataclasses.asdict(run.info), indent=2) + "\n"
-        )
+        _describe(run)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             position = _start(run, checkpoints)
             _train(run, position, checkpoints)
         return _finish(run, position)
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the folder this run's; refuses one that holds a run of another config."""
+def _refuse_another_run(workdir: Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     if path.exists():
         differences = config_lib.differences(config, config_lib.from_file(path))
@@ -231,10 +227,14 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
                 f"{workdir} holds a run of another config ({'; '.join(differences)}). "
                 "Pass another --workdir, or the same config to go on with that run."
             )
-        return
-    with _writing_to(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        reporting.write_atomically(path, config_lib.to_json(config))
+
+
+def _describe(run: _Run) -> None:
+    """Makes the folder and writes what says whose it is: config.json and dataset.json."""
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    dataset = json.dumps(dataclasses.asdict(run.info), indent=2) + "\n"
+    reporting.write_atomically(run.workdir / "dataset.json", dataset)
+    reporting.write_atomically(run.workdir / "config.json", config_lib.to_json(run.config))
 
 
 @contextlib.contextmanager
@@ -289,7 +289,7 @@ def _start(run: _Run, checkpoints: Checkpoints) -> _Position:
         sums=Metrics(
             jnp.float32(progress["loss"]),
             jnp.int32(progress["correct"]),
-            jnp.int32(progress["count"]),
+            jnp.int32(progress["examples"]),
             jnp.int32(0),
         ),
         seconds=progress["seconds"],
@@ -302,7 +302,7 @@ def _save(position: _Position, checkpoints: Checkpoints, accuracy: float | None)
     progress = {
         "loss": float(sums.loss),
         "correct": int(sums.correct),
-        "count": int(sums.count),
+        "examples": int(sums.examples),
         "seconds": position.seconds,
         "history": position.history,
     }
@@ -324,7 +324,10 @@ def _train(run: _Run, position: _Position, checkpoints: Checkpoints) -> None:
     with _stop_signal() as received, contextlib.closing(writer):
         for epoch in range(first, num_epochs):
             _train_epoch(run, position, epoch, received)
-            if received and int(position.sums.count) < run.steps_per_epoch * run.config.batch_size:
+            if (
+                received
+                and int(position.sums.examples) < run.steps_per_epoch * run.config.batch_size
+            ):
                 _save(position, checkpoints, None)
                 _leave(position, checkpoints, run, received[0])
             record = _end_epoch(run, position, epoch)
@@ -356,9 +359,8 @@ def _train_epoch(run: _Run, position: _Position, epoch: int, received: list[int]
                 under_way.popleft().block_until_ready()
             if progress.is_due():
                 so_far = _checked(sums, run)
-                progress.show(
-                    step, so_far.loss / so_far.count, float(so_far.correct / so_far.count)
-                )
+                examples = int(so_far.examples)
+                progress.show(step, float(so_far.loss) / examples, int(so_far.correct) / examples)
             if received:
                 break
         _checked(sums, run)
@@ -393,12 +395,12 @@ def _end_epoch(run: _Run, position: _Position, epoch: int) -> dict[str, Any]:
         "epoch": epoch + 1,
         "step": step,
         "learning_rate": float(run.schedule(step - 1)),
-        "train_loss": float(sums.loss) / int(sums.count),
-        "train_accuracy": int(sums.correct) / int(sums.count),
+        "train_loss": float(sums.loss) / int(sums.examples),
+        "train_accuracy": int(sums.correct) / int(sums.examples),
         "validation_loss": validation.mean_loss,
         "validation_accuracy": validation.accuracy,
         "seconds": position.seconds,
-        "images_per_second": int(sums.count) / position.seconds,
+        "images_per_second": int(sums.examples) / position.seconds,
     }
     position.history.append(record)
     position.sums, position.seconds = Metrics.zero(), 0.0
@@ -433,7 +435,7 @@ def _stop_signal() -> Iterator[list[int]]:
 
 def _leave(position: _Position, checkpoints: Checkpoints, run: _Run, number: int) -> None:
     checkpoints.wait()
-    raise InterruptedRun(
+    raise InterruptedRunError(
         f"interrupted at step {int(position.state.step)}; everything is saved in {run.workdir}. "
         "Run the same command again to go on from there.",
         number,

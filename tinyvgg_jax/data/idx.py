@@ -85,7 +85,9 @@ def read_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for name, path in zip(names, paths, strict=True):
             if path is None:
                 raise UserError(f"{folder} holds neither {name}.gz nor {name}.")
-        images, labels = (read(path, rank) for path, rank in zip(paths, (3, 1), strict=True) if path)
+        images, labels = (
+            read(path, rank) for path, rank in zip(paths, (3, 1), strict=True) if path
+        )
         if len(images) != len(labels):
             raise UserError(f"{folder}: {len(images)} {split} images, {len(labels)} labels.")
         if not len(labels) or labels.max() >= _NUM_CLASSES:

@@ -88,7 +88,7 @@ def write_dataset(
     target = data_dir / name / built.name
     target.parent.mkdir(exist_ok=True)
     try:
-        os.rename(built, target)
+        built.rename(target)
     except OSError:
         if not (target / "dataset_info.json").exists():
             raise

@@ -97,7 +97,9 @@ def _find_builder(name: str, data_dir: Path, source_dir: Path | None) -> Any:
     builder = _read_only_builder(name, data_dir)
     if builder is None:
         if name != prepare.NAME:
-            raise UserError(f"there is no prepared dataset {name!r} in {data_dir}. {_PREPARE_HINT}.")
+            raise UserError(
+                f"there is no prepared dataset {name!r} in {data_dir}. {_PREPARE_HINT}."
+            )
         prepare.prepare_fashion_mnist(data_dir, source_dir)
         builder = _read_only_builder(name, data_dir)
         if builder is None:
@@ -214,7 +216,7 @@ def _store(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
         np.save(scratch / "images.npy", images)
         np.save(scratch / "labels.npy", labels)
         try:
-            os.rename(scratch, folder)
+            scratch.rename(folder)
         except OSError:
             if not folder.exists():
                 raise

@@ -1,0 +1,16 @@
+"""The default recipe at a size for two CPU cores: a narrower network, one convolution a block."""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config()
+    config.num_epochs = 5
+    config.learning_rate = 0.03
+    config.learning_rate_decay = 0.6
+    config.model.widths = (16, 32, 64)
+    config.model.convs_per_block = 1
+    config.model.hidden = 128
+    return config
