@@ -1,6 +1,7 @@
 """The command line: flags in, one mode called, exit status out."""
 
 import logging
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ Train Tiny VGG, or go on with a run that was interrupted:
 Evaluate a checkpoint of a run:
   python -m tinyvgg_jax.main --mode eval --workdir runs/default
                              [--split train|validation|test] [--step N|latest|best]
+Every field is explained in configs/default.py.
 """
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -64,12 +66,18 @@ def _fail(message: object, status: int) -> int:
 
 def _parse(argv: list[str]) -> None:
     """Parses the flags; whatever is wrong with them or the config file becomes a UserError."""
+    for argument in argv[1:]:
+        field = re.match(r"--?config\.([^=]*)", argument)
+        if field and field[1] not in config_lib.FIELDS:
+            nearest = config_lib.suggestion(field[1], config_lib.FIELDS)
+            raise UserError(f"unknown config field {field[1]!r}{nearest}")
     try:
         rest = flags.FLAGS(argv)
+        _ = _CONFIG.value  # A file that is missing shows only now.
     except flags.Error as error:
         raise UserError(f"{error} (--help shows the usage)") from error
     except OSError as error:
-        raise UserError(f"cannot read the config file: {error}") from error
+        raise UserError(f"cannot read the config file: {str(error).splitlines()[-1]}") from error
     except (Exception, SystemExit) as error:
         # A config file is Python: anything may come out of it.
         raise UserError(f"the config is not right: {_origin(error)}{error}") from error
@@ -86,19 +94,18 @@ def _origin(error: BaseException) -> str:
     """`FILE:LINE: ERROR: `, if the error comes from a file of the user's."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: "
-    frames = traceback.extract_tb(error.__traceback__)
-    library = Path(config_flags.__file__).parent
-    ours = [f for f in frames if Path(f.filename).suffix == ".py"]
-    last = ours[-1] if ours else None
-    if last is None or Path(last.filename).is_relative_to(library):
-        return ""
-    return f"{last.filename}:{last.lineno}: {type(error).__name__}: "
+    libraries = Path(config_flags.__file__).parents[2]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path != Path(__file__) and path.exists() and not path.is_relative_to(libraries):
+            return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: "
+    return ""
 
 
 def _workdir() -> Path:
     if _WORKDIR.value:
         return Path(_WORKDIR.value)
-    return Path("runs") / Path(config_flags.get_config_filename(_CONFIG)).stem
+    return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
 
 
 def _train() -> None:
@@ -119,7 +126,15 @@ def _evaluate() -> None:
         raise UserError(f"--step must be a number, latest or best, not {step!r}.")
     from tinyvgg_jax.evaluate import evaluate_run
 
-    content = evaluate_run(_WORKDIR.value, _SPLIT.value, int(step) if step.isdecimal() else step)
+    # With a config, eval looks for the data where that says; all else is the run's own.
+    data = {} if _CONFIG.value is None else _CONFIG.value.data
+    content = evaluate_run(
+        _WORKDIR.value,
+        _SPLIT.value,
+        int(step) if step.isdecimal() else step,
+        data.get("data_dir"),
+        data.get("source_dir"),
+    )
     print(reporting.evaluation_table(content, _SPLIT.value))
 
 

@@ -82,7 +82,7 @@ def write_dataset(
         data_dir: receives `name/VERSION`. What another process put there first stays.
     """
     builder = _builder(arrays, name, class_names, scratch / "prepared")
-    with _quiet_progress_bars():
+    with _quiet():
         builder.download_and_prepare(file_format="array_record")
     built = Path(builder.data_path)
     target = data_dir / name / built.name
@@ -131,10 +131,11 @@ def _builder(
 
 
 @contextlib.contextmanager
-def _quiet_progress_bars() -> Iterator[None]:
-    """tfds draws five bars for one short job."""
+def _quiet() -> Iterator[None]:
+    """tfds draws five bars for one short job, and prints where results belong."""
     tfds.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         tfds.enable_progress_bar()
