@@ -7,13 +7,13 @@ import traceback
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import reporting
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 
-MODES = ("train", "eval")
+MODES = ("train", "eval", "prepare")
 USAGE = """\
 Train Tiny VGG, or go on with a run that was interrupted:
   python -m tinyvgg_jax.main --config configs/default.py [--workdir runs/default]
@@ -21,6 +21,8 @@ Train Tiny VGG, or go on with a run that was interrupted:
 Evaluate a checkpoint of a run:
   python -m tinyvgg_jax.main --mode eval --workdir runs/default
                              [--split train|validation|test] [--step N|latest|best]
+Only prepare the dataset, say before going offline:
+  python -m tinyvgg_jax.main --mode prepare --config configs/default.py
 Every field is explained in configs/default.py.
 """
 
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
     try:
         _parse(argv)
-        {"train": _train, "eval": _evaluate}[_MODE.value]()
+        {"train": _train, "eval": _evaluate, "prepare": _prepare}[_MODE.value]()
     except UserError as error:
         return _fail(error, 2)
     except DivergedError as error:
@@ -73,7 +75,8 @@ def _parse(argv: list[str]) -> None:
             raise UserError(f"unknown config field {field[1]!r}{nearest}")
     try:
         rest = flags.FLAGS(argv)
-        _ = _CONFIG.value  # A file that is missing shows only now.
+        if _CONFIG.value is not None:
+            _CONFIG.value.keys()  # A file that is missing shows only now.
     except flags.Error as error:
         raise UserError(f"{error} (--help shows the usage)") from error
     except OSError as error:
@@ -108,13 +111,30 @@ def _workdir() -> Path:
     return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
 
 
-def _train() -> None:
+def _config() -> ConfigDict:
     if _CONFIG.value is None:
         raise UserError("pass a config file, like --config configs/default.py.")
-    workdir = _workdir()
+    return config_lib.validated(_CONFIG.value)
+
+
+# The modes import what they need themselves: a mistyped flag is answered at once.
+
+
+def _prepare() -> None:
+    data = _config().data
+    from tinyvgg_jax.data import load_splits
+
+    wanted = {name: data[f"{name}_split"] for name in ("train", "validation", "test")}
+    splits, info = load_splits(data.name, wanted, data.data_dir, data.source_dir)
+    for name, split in splits.items():
+        print(f"{name:<12} {len(split):>7,} images of {info.image_shape}  {wanted[name]}")
+
+
+def _train() -> None:
+    config, workdir = _config(), _workdir()
     from tinyvgg_jax.train import train_and_evaluate
 
-    summary = train_and_evaluate(_CONFIG.value, workdir)
+    summary = train_and_evaluate(config, workdir)
     print(reporting.summary_table(summary, workdir))
 
 

@@ -101,30 +101,33 @@ def _builder(
     shape = next(iter(arrays.values()))[0].shape[1:]
     shape = shape if len(shape) == 3 else (*shape, 1)
 
-    class Builder(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("3.0.1")
+    # Registered, it would stand in the way of tfds's own builder and of the next of ours.
+    with tfds.core.registered.skip_registration():
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            features = {
-                "image": tfds.features.Image(shape=shape),
-                "label": tfds.features.ClassLabel(names=list(class_names)),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Images and their classes, prepared without TensorFlow.",
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label"),
-            )
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("3.0.1")
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {split: self._generate_examples(split) for split in arrays}
+            def _info(self) -> tfds.core.DatasetInfo:
+                features = {
+                    "image": tfds.features.Image(shape=shape),
+                    "label": tfds.features.ClassLabel(names=list(class_names)),
+                }
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description="Images and their classes, prepared without TensorFlow.",
+                    features=tfds.features.FeaturesDict(features),
+                    supervised_keys=("image", "label"),
+                )
 
-        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-            for i, (image, label) in enumerate(zip(*arrays[split], strict=True)):
-                png = io.BytesIO()
-                Image.fromarray(image.squeeze()).save(png, "png", compress_level=1)
-                png.seek(0)
-                yield i, {"image": png, "label": int(label)}
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                return {split: self._generate_examples(split) for split in arrays}
+
+            def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+                for i, (image, label) in enumerate(zip(*arrays[split], strict=True)):
+                    png = io.BytesIO()
+                    Image.fromarray(image.squeeze()).save(png, "png", compress_level=1)
+                    png.seek(0)
+                    yield i, {"image": png, "label": int(label)}
 
     Builder.name = name
     return Builder(data_dir=os.fspath(data_dir))

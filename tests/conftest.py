@@ -1,0 +1,94 @@
+"""A small synthetic dataset in tfds's own format, and the real one where it is prepared."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tinyvgg_jax.data import DatasetInfo, Split, load_splits, prepare
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("top", "upper", "middle", "lower", "bottom")
+TRAIN_SIZE, TEST_SIZE = 330, 70
+
+
+def synthetic_arrays(seed: int = 0) -> prepare.Arrays:
+    """16x16 images with a bright bar, whose height is the class, in noise."""
+    rng = np.random.default_rng(seed)
+
+    def draw(size: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = rng.integers(len(CLASSES), size=size).astype(np.uint8)
+        images = rng.integers(60, size=(size, 16, 16)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[1 + 3 * label : 3 + 3 * label, 4:12] = 220
+        return images, labels
+
+    return {"train": draw(TRAIN_SIZE), "test": draw(TEST_SIZE)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps the user's own cache out of the tests, and theirs out of the user's."""
+    home = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tfds folder with the dataset `bars`."""
+    folder = tmp_path_factory.mktemp("tfds")
+    scratch = tmp_path_factory.mktemp("scratch")
+    prepare.write_dataset(synthetic_arrays(), "bars", CLASSES, scratch, folder)
+    return folder
+
+
+@pytest.fixture
+def config(data_dir: Path) -> ConfigDict:
+    """A config that trains on `bars` in a second."""
+    config: ConfigDict = importlib.import_module("configs.default").get_config()
+    config.num_epochs = 3
+    config.batch_size = 30
+    config.learning_rate = 0.05
+    config.model.widths = (4, 8)
+    config.model.convs_per_block = 1
+    config.model.hidden = 8
+    config.data.name = "bars"
+    config.data.data_dir = str(data_dir)
+    config.data.train_split = "train[:250]"
+    config.data.validation_split = "train[250:]"
+    return config
+
+
+@pytest.fixture(scope="session")
+def real_data() -> tuple[dict[str, Split], DatasetInfo]:
+    """FashionMNIST, whole."""
+    import tensorflow_datasets as tfds
+
+    folder = Path(tfds.core.constants.DATA_DIR).expanduser() / "fashion_mnist"
+    if not folder.exists():
+        pytest.skip(
+            "FashionMNIST is not prepared: run "
+            "`python -m tinyvgg_jax.main --mode prepare --config configs/default.py`"
+        )
+    return load_splits("fashion_mnist", {"train": "train", "test": "test"})
+
+
+@pytest.fixture(scope="session")
+def command_line() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m tinyvgg_jax.main` with arguments."""
+
+    def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tinyvgg_jax.main", *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **options
+        )
+
+    return run

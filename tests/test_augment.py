@@ -1,0 +1,100 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyvgg_jax.augment import augment, flip_horizontally, rotate
+
+
+@pytest.fixture(scope="module")
+def images() -> jax.Array:
+    return jax.random.uniform(jax.random.key(0), (6, 12, 12, 2))
+
+
+def test_rotation_by_0_is_the_identity(images: jax.Array) -> None:
+    np.testing.assert_array_equal(rotate(images, jnp.zeros(6)), images)
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3, -1])
+def test_rotation_by_quarter_turns_is_rot90(images: jax.Array, quarters: int) -> None:
+    rotated = rotate(images, jnp.full(6, 90.0 * quarters))
+    np.testing.assert_allclose(rotated, jnp.rot90(images, quarters, (1, 2)), atol=1e-5)
+
+
+def test_rotation_is_bilinear() -> None:
+    """A plane stays a plane: the value at a point is that of where it came from."""
+    y, x = jnp.meshgrid(jnp.arange(15.0) - 7, jnp.arange(15.0) - 7, indexing="ij")
+    plane = (y + 2 * x + 50)[None, :, :, None]
+    rotated = rotate(plane, jnp.array([30.0]))[0, :, :, 0]
+    sin, cos = np.sin(np.pi / 6), np.cos(np.pi / 6)
+    expected = (cos * y + sin * x) + 2 * (cos * x - sin * y) + 50
+    inside = y**2 + x**2 < 7**2
+    np.testing.assert_allclose(rotated[inside], expected[inside], rtol=1e-5)
+
+
+def test_what_comes_in_from_outside_is_black() -> None:
+    corner = rotate(jnp.ones((1, 12, 12, 1)), jnp.array([45.0]))[0, 0, 0, 0]
+    assert corner == 0
+
+
+def test_each_image_has_its_own_angle(images: jax.Array) -> None:
+    degrees = jnp.array([0.0, 90.0, 0.0, 180.0, 0.0, 90.0])
+    together = rotate(images, degrees)
+    for image, angle, rotated in zip(images, degrees, together, strict=True):
+        alone = rotate(image[None], angle[None])[0]
+        np.testing.assert_allclose(rotated, alone, atol=1e-6)
+
+
+def test_flip_mirrors_only_the_chosen_and_twice_is_the_identity(images: jax.Array) -> None:
+    flip = jnp.array([True, False, True, False, False, True])
+    once = flip_horizontally(images, flip)
+    np.testing.assert_array_equal(once[0], images[0, :, ::-1])
+    np.testing.assert_array_equal(once[1], images[1])
+    np.testing.assert_array_equal(flip_horizontally(once, flip), images)
+
+
+def test_draws_differ_between_images_keys_and_not_between_calls() -> None:
+    same = jnp.tile(jax.random.uniform(jax.random.key(0), (1, 12, 12, 1)), (8, 1, 1, 1))
+    rotated = partial(augment, rotation_degrees=20.0, horizontal_flip=False)
+    drawn = rotated(jax.random.key(1), same)
+    assert len(np.unique(np.asarray(drawn).reshape(8, -1), axis=0)) == 8
+    np.testing.assert_array_equal(drawn, rotated(jax.random.key(1), same))
+    assert not np.array_equal(drawn, rotated(jax.random.key(2), same))
+
+
+def test_half_of_the_images_are_flipped() -> None:
+    ramp = jnp.tile(jnp.arange(8.0)[None, None, :, None], (1000, 8, 1, 1))
+    flipped = augment(jax.random.key(0), ramp, rotation_degrees=0.0, horizontal_flip=True)
+    assert 440 < int((flipped[:, 0, 0, 0] == 7).sum()) < 560
+
+
+def test_angles_fill_the_whole_range_on_both_sides() -> None:
+    """A bright spot right of the centre moves up for positive angles and down for negative."""
+    spot = jnp.zeros((500, 41, 41, 1)).at[:, 20, 36:].set(1.0)
+    turned = np.asarray(
+        augment(jax.random.key(0), spot, rotation_degrees=45.0, horizontal_flip=False)
+    )
+    rows = np.arange(41) - 20
+    columns = rows
+    mass = turned[..., 0]
+    angle = np.degrees(
+        np.arctan2(-(mass * rows[:, None]).sum((1, 2)), (mass * columns[None]).sum((1, 2)))
+    )
+    assert -47 < angle.min() < -42 and 42 < angle.max() < 47
+    assert abs(angle.mean()) < 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_range_dtype_and_shape_stay(images: jax.Array, dtype: str) -> None:
+    drawn = augment(
+        jax.random.key(3), images.astype(dtype), rotation_degrees=180.0, horizontal_flip=True
+    )
+    assert drawn.shape == images.shape and drawn.dtype == dtype
+    assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
+
+
+def test_nothing_asked_for_nothing_done(images: jax.Array) -> None:
+    drawn = augment(jax.random.key(0), images, rotation_degrees=0.0, horizontal_flip=False)
+    np.testing.assert_array_equal(drawn, images)

@@ -1,0 +1,84 @@
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from tinyvgg_jax import config as config_lib
+from tinyvgg_jax.errors import UserError
+
+
+def test_the_default_is_the_papers_recipe() -> None:
+    config = config_lib.validated(importlib.import_module("configs.default").get_config())
+    assert config.model.widths == (64, 128, 256)
+    assert (config.model.convs_per_block, config.model.hidden) == (2, 256)
+    assert (config.batch_size, config.num_epochs) == (32, 10)
+    assert (config.learning_rate, config.momentum) == (0.01, 0.9)
+    assert config.learning_rate_decay < 1
+    assert config.augment.rotation_degrees > 0 and config.augment.horizontal_flip
+    assert config.data.train_split == "train[:55000]"
+    assert config.data.validation_split == "train[55000:]"
+
+
+@pytest.mark.parametrize("name", ["default", "quick"])
+def test_configs_survive_json_and_do_not_differ_from_themselves(name: str, tmp_path: Path) -> None:
+    config = config_lib.validated(importlib.import_module(f"configs.{name}").get_config())
+    path = tmp_path / "config.json"
+    path.write_text(config_lib.to_json(config))
+    again = config_lib.from_file(path)
+    assert again == config
+    assert config_lib.differences(config, again) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch_size", 0, "config.batch_size must be at least 1, not 0"),
+        ("num_epochs", 0, "config.num_epochs must be at least 1"),
+        ("num_epochs", True, "config.num_epochs must be of type int"),
+        ("seed", -1, "config.seed must be from 0"),
+        ("learning_rate", -0.1, "must be a positive number"),
+        ("learning_rate", float("nan"), "must be a positive number, not nan"),
+        ("learning_rate_decay", 0.0, "must be a positive number"),
+        ("momentum", 1.0, "less than 1"),
+        ("dtype", "float8", "one of float32, bfloat16"),
+        ("model.widths", (), "positive whole numbers"),
+        ("model.widths", (8, 0), "positive whole numbers"),
+        ("model.widths", (8.0,), "positive whole numbers"),
+        ("augment.rotation_degrees", 181.0, "from 0 to 180"),
+        ("augment.horizontal_flip", "yes", "must be of type bool"),
+        ("data.pipeline", "steam", "one of stream"),
+        ("data.data_dir", 3, "must be of type str or None"),
+        ("data.nmae", "x", "unknown config field 'data.nmae'; did you mean 'data.name'?"),
+    ],
+)
+def test_what_is_wrong_is_named(config: ConfigDict, field: str, value: Any, message: str) -> None:
+    content = config.to_dict()
+    section, _, name = field.rpartition(".")
+    (content[section] if section else content)[name] = value
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        config_lib.validated(content)
+
+
+def test_a_missing_field_is_named(config: ConfigDict) -> None:
+    content = config.to_dict()
+    del content["model"]["hidden"]
+    with pytest.raises(UserError, match=r"no field 'model\.hidden'"):
+        config_lib.validated(content)
+
+
+def test_whole_numbers_and_lists_are_taken_where_they_are_meant(config: ConfigDict) -> None:
+    content = json.loads(json.dumps(config.to_dict())) | {"learning_rate": 1}
+    validated = config_lib.validated(content)
+    assert validated.learning_rate == 1.0 and isinstance(validated.learning_rate, float)
+    assert validated.model.widths == (4, 8)
+
+
+def test_differences_name_fields_but_not_where_the_data_lies(config: ConfigDict) -> None:
+    ours = config_lib.validated(config)
+    config.data.data_dir = "/elsewhere"
+    assert config_lib.differences(config_lib.validated(config), ours) == []
+    config.model.hidden = 9
+    assert config_lib.differences(config_lib.validated(config), ours) == ["model.hidden: 9, not 8"]

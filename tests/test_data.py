@@ -1,0 +1,382 @@
+import gzip
+import multiprocessing
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import CLASSES, TEST_SIZE, TRAIN_SIZE, synthetic_arrays
+
+from tinyvgg_jax.data import (
+    DatasetInfo,
+    Split,
+    epoch_order,
+    fetch,
+    idx,
+    load_splits,
+    padded_batches,
+    prepare,
+    splits,
+    stream,
+)
+from tinyvgg_jax.errors import UserError
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def write_idx_folder(folder: Path, compress: bool = True) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split, (images, labels) in synthetic_arrays().items():
+        prefix = {"train": "train", "test": "t10k"}[split]
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            content = idx_bytes(array)
+            path = folder / f"{prefix}-{name}-ubyte{'.gz' if compress else ''}"
+            path.write_bytes(gzip.compress(content) if compress else content)
+    return folder
+
+
+# IDX files
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_idx_files_are_read_as_they_were_written(tmp_path: Path, compress: bool) -> None:
+    read = idx.read_folder(write_idx_folder(tmp_path / "idx", compress))
+    for split, arrays in synthetic_arrays().items():
+        for ours, theirs in zip(read[split], arrays, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[: len(raw) // 2], "cannot be read"),
+        (lambda raw: raw[:60] + bytes([raw[60] ^ 255]) + raw[61:], "cannot be read"),
+        (lambda raw: gzip.compress(gzip.decompress(raw)[:-1]), "is damaged"),
+        (lambda raw: gzip.compress(gzip.decompress(raw) + b"x"), "is damaged"),
+        (lambda raw: gzip.compress(gzip.decompress(raw)[:6]), "is truncated"),
+        (lambda raw: gzip.compress(b"\0\0\x0d" + gzip.decompress(raw)[3:]), "not an IDX file"),
+        (lambda raw: b"not gzip at all", "cannot be read"),
+        (lambda raw: gzip.compress(idx_bytes(np.zeros((3, 4)))), "has 2 dimensions where 3"),
+        (lambda raw: gzip.compress(idx_bytes(np.zeros((3, 4, 4)))), "3 train images, 330 labels"),
+    ],
+)
+def test_damaged_idx_files_are_refused(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    folder = write_idx_folder(tmp_path / "idx")
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        load_splits("fashion_mnist", {"a": "train"}, str(tmp_path / "tfds"), str(folder))
+    # Nothing half-made stays behind.
+    assert list((tmp_path / "tfds").iterdir()) == []
+
+
+def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:
+    folder = write_idx_folder(tmp_path / "idx")
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(UserError, match="neither t10k-labels-idx1-ubyte"):
+        idx.read_folder(folder)
+
+
+# Preparing
+
+
+def test_prepared_sets_hold_every_image_with_its_label(tmp_path: Path) -> None:
+    folder = write_idx_folder(tmp_path / "idx")
+    wanted = {"train": "train", "test": "test"}
+    loaded, info = load_splits("fashion_mnist", wanted, str(tmp_path / "tfds"), str(folder))
+    assert info == DatasetInfo((16, 16, 1), prepare.CLASS_NAMES)
+    for split, (images, labels) in synthetic_arrays().items():
+        ours = sorted(
+            (image.tobytes(), int(label))
+            for image, label in zip(loaded[split].images, loaded[split].labels, strict=True)
+        )
+        theirs = sorted(
+            (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
+        )
+        assert ours == theirs
+    # tfds itself reads it, by its name.
+    import tensorflow_datasets as tfds
+
+    source = tfds.data_source(
+        "fashion_mnist", split="test", data_dir=str(tmp_path / "tfds"), download=False
+    )
+    assert len(source) == TEST_SIZE and source[0]["image"].shape == (16, 16, 1)
+
+
+def _prepare(data_dir: Path, source: Path) -> None:
+    prepare.prepare_fashion_mnist(data_dir, source)
+
+
+def test_two_at_once_prepare_one_whole_set(tmp_path: Path) -> None:
+    folder = write_idx_folder(tmp_path / "idx")
+    data_dir = tmp_path / "tfds"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_prepare, args=(data_dir, folder)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [path.name for path in data_dir.iterdir()] == ["fashion_mnist"]
+    loaded, _ = load_splits("fashion_mnist", {"a": "train"}, str(data_dir))
+    assert len(loaded["a"]) == TRAIN_SIZE
+
+
+def test_killed_half_way_leaves_nothing_that_looks_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_idx_folder(tmp_path / "idx")
+    arrays = idx.read_folder(folder)
+    scratch = tmp_path / "tfds" / ".scratch"
+    scratch.mkdir(parents=True)
+    # What a kill -9 leaves: the builder ran, and the move into place did not.
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: None)
+        prepare.write_dataset(
+            arrays, "fashion_mnist", prepare.CLASS_NAMES, scratch, tmp_path / "tfds"
+        )
+    loaded, _ = load_splits("fashion_mnist", {"a": "train"}, str(tmp_path / "tfds"), str(folder))
+    assert len(loaded["a"]) == TRAIN_SIZE
+
+
+# Fetching
+
+
+def test_without_any_source_the_message_has_the_three_remedies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr(fetch, "OFFICIAL_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(UserError) as caught:
+        load_splits("fashion_mnist", {"a": "train"}, str(tmp_path / "tfds"))
+    message = str(caught.value)
+    for remedy in ("connect to the internet", "apt-get install", "--config.data.source_dir"):
+        assert remedy in message
+    assert "\n" not in message
+
+
+def test_the_sources_are_asked_in_order_and_a_wrong_content_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, good = write_idx_folder(tmp_path / "installed"), tmp_path / "good"
+    asked = []
+
+    def answer(name: str, folder: Path) -> Path:
+        asked.append(name)
+        return folder
+
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", installed)
+    monkeypatch.setattr(fetch, "_download", lambda _: answer("download", installed))
+    write_idx_folder(good)
+    monkeypatch.setattr(fetch, "_unpack_debian_package", lambda _: answer("apt", good))
+    monkeypatch.setattr(idx, "is_fashion_mnist", lambda folder: folder == good)
+    assert fetch.fetch_fashion_mnist(tmp_path) == good
+    assert asked == ["download", "apt"]
+    monkeypatch.setattr(idx, "is_fashion_mnist", lambda folder: folder == installed)
+    assert fetch.fetch_fashion_mnist(tmp_path) == installed
+    assert asked == ["download", "apt"]
+
+
+def test_the_package_is_fetched_with_private_folders_and_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], cwd: Path) -> None:
+        commands.append(command)
+        if "download" in command:
+            (cwd / f"{fetch.DEBIAN_PACKAGE}_1_all.deb").touch()
+
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(fetch, "_run", run)
+    folder = fetch._unpack_debian_package(tmp_path)
+    assert folder == tmp_path / "debian/unpacked/usr/share/datasets/fashion-mnist"
+    assert [command[-1] for command in commands[:2]] == ["update", fetch.DEBIAN_PACKAGE]
+    for command in commands[:2]:
+        for place in ("Dir::State::Lists", "Dir::Cache"):
+            assert any(option.startswith(f"-o{place}={tmp_path}") for option in command)
+    assert commands[2][:2] == ["dpkg-deb", "-x"]
+
+
+def test_a_failing_command_is_an_error_with_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"sh: two$"):
+        fetch._run(["sh", "-c", "echo one >&2; echo two >&2; exit 3"], tmp_path)
+
+
+# Splits
+
+
+def test_splits_are_slices_of_one_order(data_dir: Path) -> None:
+    wanted = {"all": "train", "a": "train[:250]", "b": "train[250:]", "two": "train[:5]+test[:5]"}
+    loaded, info = load_splits("bars", wanted, str(data_dir))
+    assert info == DatasetInfo((16, 16, 1), CLASSES)
+    together = np.concatenate([loaded["a"].images, loaded["b"].images])
+    np.testing.assert_array_equal(together, loaded["all"].images)
+    assert [len(loaded[key]) for key in wanted] == [TRAIN_SIZE, 250, TRAIN_SIZE - 250, 10]
+    assert loaded["all"].images.dtype == np.uint8 and loaded["all"].labels.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("bars", "tset", "unknown split 'tset' of bars: it has train"),
+        ("bars", "train[:x]", "unknown split"),
+        ("bars", "train[5:5]", "is empty"),
+        ("bras", "train", "no prepared dataset 'bras'"),
+    ],
+)
+def test_what_is_not_there_is_said(data_dir: Path, name: str, split: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_splits(name, {"a": split}, str(data_dir))
+
+
+def test_images_are_decoded_once_and_again_when_the_files_change(
+    data_dir: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home / "once"))
+    decode, calls = splits._decode, []
+
+    def count(builder: Any, split: str, info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
+        calls.append(split)
+        return decode(builder, split, info)
+
+    monkeypatch.setattr(splits, "_decode", count)
+    for _ in range(2):
+        loaded, _ = load_splits("bars", {"a": "test"}, str(data_dir))
+        assert len(loaded["a"]) == TEST_SIZE
+    assert calls == ["test"]
+    os.utime(next((data_dir / "bars" / "3.0.1").glob("bars-test*")), (1, 1))
+    load_splits("bars", {"a": "test"}, str(data_dir))
+    assert calls == ["test", "test"]
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    loaded, _ = load_splits("bars", {"a": "test"}, str(data_dir))
+    assert len(loaded["a"]) == TEST_SIZE
+
+
+def test_a_set_in_tfrecord_form_is_left_alone(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bars" / "3.0.1"
+    folder.mkdir(parents=True)
+    for file in (data_dir / "bars" / "3.0.1").iterdir():
+        content = file.read_bytes().replace(b"array_record", b"tfrecord")
+        (folder / file.name.replace("array_record", "tfrecord")).write_bytes(content)
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match="was prepared as tfrecord, which only TensorFlow reads"):
+        load_splits("bars", {"a": "train"}, str(tmp_path))
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_set_without_classes_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bars" / "3.0.1"
+    folder.mkdir(parents=True)
+    for file in (data_dir / "bars" / "3.0.1").iterdir():
+        content = file.read_bytes()
+        if file.name == "features.json":
+            content = content.replace(b'"label"', b'"other"')
+        (folder / file.name).write_bytes(content)
+    with pytest.raises(UserError, match="needs the features `image` and `label`"):
+        load_splits("bars", {"a": "train"}, str(tmp_path))
+
+
+def test_color_sets_keep_their_channels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(12, 8, 9, 3)).astype(np.uint8)
+    labels = np.arange(12, dtype=np.uint8) % 2
+    (tmp_path / "scratch").mkdir()
+    prepare.write_dataset(
+        {"train": (images, labels)}, "colors", ("no", "yes"), tmp_path / "scratch", tmp_path
+    )
+    loaded, info = load_splits("colors", {"a": "train"}, str(tmp_path))
+    assert info.image_shape == (8, 9, 3)
+    assert sorted(i.tobytes() for i in loaded["a"].images) == sorted(i.tobytes() for i in images)
+
+
+# Batches
+
+
+@pytest.fixture
+def numbered() -> Split:
+    numbers = np.arange(23)
+    images = np.broadcast_to(numbers[:, None, None, None], (23, 2, 2, 1)).astype(np.uint8)
+    return Split(images, numbers.astype(np.int32))
+
+
+def test_an_epochs_order_is_a_permutation_of_its_own() -> None:
+    key = jax.random.key(0)
+    first, second = epoch_order(key, 0, 100), epoch_order(key, 1, 100)
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, epoch_order(key, 0, 100))
+    assert not np.array_equal(first, epoch_order(jax.random.key(1), 0, 100))
+
+
+def test_batches_follow_the_order_and_a_last_incomplete_one_is_left_out(numbered: Split) -> None:
+    order = epoch_order(jax.random.key(0), 0, 23)
+    batches = list(stream(numbered, order, 5, 0))
+    assert len(batches) == 4
+    for step, batch in enumerate(batches):
+        np.testing.assert_array_equal(batch.labels, order[5 * step : 5 * step + 5])
+        np.testing.assert_array_equal(batch.images[:, 0, 0, 0], batch.labels)
+
+
+def test_a_stream_can_begin_at_any_step(numbered: Split) -> None:
+    order = epoch_order(jax.random.key(0), 0, 23)
+    everything = [batch.labels.tolist() for batch in stream(numbered, order, 5, 0)]
+    assert [batch.labels.tolist() for batch in stream(numbered, order, 5, 2)] == everything[2:]
+    assert list(stream(numbered, order, 5, 4)) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 30])
+def test_padded_batches_hold_every_example_once(numbered: Split, batch_size: int) -> None:
+    seen = []
+    for batch, count in padded_batches(numbered, batch_size):
+        assert len(batch.labels) == len(batch.images) == batch_size
+        seen += batch.labels[:count].tolist()
+    assert seen == list(range(23))
+
+
+# The real data
+
+
+def test_fashion_mnist_is_complete_and_balanced(
+    real_data: tuple[dict[str, Split], DatasetInfo],
+) -> None:
+    loaded, info = real_data
+    assert info == DatasetInfo((28, 28, 1), prepare.CLASS_NAMES)
+    for name, count in (("train", 6000), ("test", 1000)):
+        assert loaded[name].images.shape == (10 * count, 28, 28, 1)
+        assert np.bincount(loaded[name].labels).tolist() == [count] * 10
+
+
+def test_no_image_stands_in_both_splits(real_data: tuple[dict[str, Split], DatasetInfo]) -> None:
+    train, test = ({image.tobytes() for image in split.images} for split in real_data[0].values())
+    assert len(train) == 60_000 and len(test) == 10_000
+    assert not train & test
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, tinyvgg_jax; "
+        "print([m for m in ('tensorflow_datasets', 'tensorflow', 'matplotlib', 'absl.flags', "
+        "'orbax.checkpoint', 'jax') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        ["python", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,116 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyvgg_jax.model import TinyVGG, apply
+
+
+def count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_the_defaults_have_the_papers_parameters() -> None:
+    abstract = jax.eval_shape(TinyVGG().init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    assert count(abstract["params"]) == 1_736_906
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(abstract))
+
+
+def test_every_field_changes_the_network() -> None:
+    model = TinyVGG(widths=(4, 6), convs_per_block=3, hidden=5, num_classes=7)
+    images = jnp.zeros((2, 9, 11, 3))
+    params = model.init(jax.random.key(0), images)["params"]
+    shapes = {name: layer["kernel"].shape for name, layer in params.items()}
+    assert shapes == {
+        "conv1_1": (3, 3, 3, 4),
+        "conv1_2": (3, 3, 4, 4),
+        "conv1_3": (3, 3, 4, 4),
+        "conv2_1": (3, 3, 4, 6),
+        "conv2_2": (3, 3, 6, 6),
+        "conv2_3": (3, 3, 6, 6),
+        "dense": (2 * 2 * 6, 5),
+        "logits": (5, 7),
+    }
+    assert apply(model, params, images).shape == (2, 7)
+
+
+def numpy_forward(params: Any, images: np.ndarray) -> np.ndarray:
+    """The network, written anew with loops over pixels of the kernel, in float64."""
+
+    def relu(x: np.ndarray) -> np.ndarray:
+        return np.maximum(x, 0)
+
+    x = images.astype(np.float64)
+    for block in (1, 2):
+        for layer in (1, 2):
+            weights = params[f"conv{block}_{layer}"]
+            padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            h, w = x.shape[1:3]
+            kernel = np.asarray(weights["kernel"], np.float64)
+            x = sum(
+                padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3)
+            )
+            x = relu(x + np.asarray(weights["bias"], np.float64))
+        corners = [x[:, i : h // 2 * 2 : 2, j : w // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
+        x = np.maximum.reduce(corners)
+    x = x.reshape(len(x), -1)
+    dense, logits = params["dense"], params["logits"]
+    x = relu(x @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"]))
+    return x @ np.asarray(logits["kernel"]) + np.asarray(logits["bias"])
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[TinyVGG, Any, jax.Array]:
+    model = TinyVGG(widths=(4, 6), hidden=8)
+    images = jax.random.uniform(jax.random.key(1), (3, 10, 7, 1))
+    params = model.init(jax.random.key(0), images)["params"]
+    # Biases begin at zero, which would hide a bias that is left out.
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(structure, noisy), images
+
+
+def test_forward_pass_against_numpy(small: tuple[TinyVGG, Any, jax.Array]) -> None:
+    model, params, images = small
+    expected = numpy_forward(params, np.asarray(images))
+    np.testing.assert_allclose(apply(model, params, images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_works_under_jit_grad_and_vmap(small: tuple[TinyVGG, Any, jax.Array]) -> None:
+    model, params, images = small
+    expected = apply(model, params, images)
+    jitted = jax.jit(lambda p, x: apply(model, p, x))(params, images)
+    np.testing.assert_allclose(jitted, expected, rtol=1e-5, atol=1e-6)
+    one_by_one = jax.vmap(lambda x: apply(model, params, x[None])[0])(images)
+    np.testing.assert_allclose(one_by_one, expected, rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda p: apply(model, p, images).sum())(params)
+    # The numerical derivative along one direction.
+    direction = jax.tree.map(jnp.ones_like, params)
+    shifted = [
+        apply(model, jax.tree.map(lambda p, d, e=e: p + e * d, params, direction), images).sum()
+        for e in (-1e-3, 1e-3)
+    ]
+    along = sum(g.sum() for g in jax.tree.leaves(gradient))
+    assert along == pytest.approx(float(shifted[1] - shifted[0]) / 2e-3, rel=1e-2)
+
+
+def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_in_float32(
+    small: tuple[TinyVGG, Any, jax.Array],
+) -> None:
+    model, params, images = small
+    low = model.clone(dtype=jnp.bfloat16)
+    assert jax.tree.leaves(low.init(jax.random.key(0), images))[0].dtype == jnp.float32
+    logits = apply(low, params, images)
+    assert logits.dtype == jnp.float32
+    exact = apply(model, params, images)
+    assert 0 < float(jnp.abs(logits - exact).max()) < 0.1 * float(jnp.abs(exact).max())
+
+
+def test_bad_shapes_are_refused_with_a_reason() -> None:
+    with pytest.raises(ValueError, match=r"must be \[B, H, W, C\]"):
+        TinyVGG().init(jax.random.key(0), jnp.zeros((28, 28, 1)))
+    with pytest.raises(ValueError, match="too small for 3 blocks"):
+        TinyVGG().init(jax.random.key(0), jnp.zeros((1, 7, 28, 1)))
