@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -38,6 +39,12 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keeps the user's own cache out of the tests, and theirs out of the user's."""
     home = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(home)
+    # The same small networks are compiled again and again, in child processes too.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "compiled")
+    jax.config.update("jax_compilation_cache_dir", str(home / "compiled"))
+    for setting in ("min_entry_size_bytes", "min_compile_time_secs"):
+        os.environ[f"JAX_PERSISTENT_CACHE_{setting.upper()}"] = "0"
+        jax.config.update(f"jax_persistent_cache_{setting}", 0)
     return home
 
 

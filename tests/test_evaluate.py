@@ -1,0 +1,119 @@
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tinyvgg_jax import UserError, restore, train_and_evaluate
+from tinyvgg_jax.data import DatasetInfo, Split, load_splits
+from tinyvgg_jax.evaluate import build_model, evaluate, evaluate_run, to_float
+from tinyvgg_jax.model import TinyVGG, apply
+
+
+@pytest.fixture(scope="module")
+def trained(
+    data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A finished run on `bars`, and its summary."""
+    config = importlib.import_module("configs.default").get_config()
+    config.num_epochs, config.batch_size, config.learning_rate = 3, 30, 0.1
+    config.model.widths, config.model.convs_per_block, config.model.hidden = (4, 8), 1, 8
+    config.data.name, config.data.data_dir = "bars", str(data_dir)
+    config.data.train_split, config.data.validation_split = "train[:250]", "train[250:]"
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train_and_evaluate(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def network() -> tuple[TinyVGG, Any, Split]:
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(53, 8, 8, 1)).astype(np.uint8)
+    model = TinyVGG(widths=(4,), convs_per_block=1, hidden=8, num_classes=4)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    return model, params, Split(images, rng.integers(3, size=53).astype(np.int32))
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 53, 100])
+def test_metrics_are_exact_whatever_the_batch_size(
+    network: tuple[TinyVGG, Any, Split], batch_size: int
+) -> None:
+    model, params, split = network
+    logits = np.asarray(apply(model, params, to_float(jnp.asarray(split.images))), np.float64)
+    right = logits.argmax(1) == split.labels
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(53), split.labels]
+    result = evaluate(model, params, split, batch_size)
+    assert (result.count, result.correct) == (53, right.sum())
+    assert result.count_per_class.tolist() == np.bincount(split.labels, minlength=4).tolist()
+    by_class = [right[split.labels == label].sum() for label in range(4)]
+    assert result.correct_per_class.tolist() == by_class
+    assert result.accuracy == right.mean()
+    assert result.mean_loss == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_evaluating_again_compiles_nothing(network: tuple[TinyVGG, Any, Split]) -> None:
+    from tinyvgg_jax.evaluate import _evaluate_batch
+
+    model, params, split = network
+    evaluate(model, params, split, 10)
+    before = _evaluate_batch._cache_size()  # type: ignore[attr-defined]
+    evaluate(model.clone(), jax.tree.map(lambda a: a + 1, params), split, 10)
+    assert _evaluate_batch._cache_size() == before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_run_evaluated_again_gives_its_summary_to_the_last_image(
+    trained: tuple[Path, dict[str, Any]], split: str
+) -> None:
+    workdir, summary = trained
+    content = evaluate_run(workdir, split)
+    assert content["accuracy"] == summary[f"{split}_accuracy"]
+    assert content["loss"] == summary[f"{split}_loss"]
+    assert content["step"] == summary["step"]
+    assert content["correct"] == sum(row["correct"] for row in content["per_class"])
+    assert content["count"] == {"train": 250, "validation": 80, "test": 70}[split]
+    assert json.loads((workdir / "evaluation" / f"{split}.json").read_text()) == content
+
+
+def test_restore_gives_the_best_checkpoint_without_any_dataset(
+    trained: tuple[Path, dict[str, Any]], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir, _ = trained
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    best = max(records, key=lambda record: (record["validation_accuracy"], record["step"]))
+    split = load_splits("bars", {"v": "train[250:]"}, str(data_dir))[0]["v"]
+    monkeypatch.setattr("tinyvgg_jax.evaluate.load_splits", None)
+    model, params = restore(workdir)
+    assert evaluate(model, params, split).accuracy == best["validation_accuracy"]
+    assert apply(model, params, to_float(jnp.asarray(split.images[:3]))).shape == (3, 5)
+    _, latest = restore(str(workdir), "latest")
+    assert evaluate(model, latest, split).accuracy == records[-1]["validation_accuracy"]
+
+
+def test_what_cannot_be_evaluated_is_said(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    workdir, _ = trained
+    with pytest.raises(UserError, match=r"unknown split 'tset'.*did you mean 'test'"):
+        evaluate_run(workdir, "tset")
+    with pytest.raises(UserError, match="no checkpoint of step 7; there are"):
+        evaluate_run(workdir, "test", 7)
+    with pytest.raises(UserError, match="holds no run"):
+        restore(tmp_path)
+    for name in ("config.json", "dataset.json"):
+        (tmp_path / name).write_bytes((workdir / name).read_bytes())
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        restore(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        restore(tmp_path)
+
+
+def test_images_too_small_for_the_blocks_are_refused(config: ConfigDict) -> None:
+    config.model.widths = (4, 4, 4, 4, 4)
+    with pytest.raises(UserError, match="5 blocks, which need images of at least 32x32"):
+        build_model(config, DatasetInfo((16, 16, 1), ("a", "b")))

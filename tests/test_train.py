@@ -1,0 +1,442 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import ROOT
+from ml_collections import ConfigDict
+
+from tinyvgg_jax import TinyVGG, train
+from tinyvgg_jax import config as config_lib
+from tinyvgg_jax.augment import augment
+from tinyvgg_jax.checkpoint import Checkpoints
+from tinyvgg_jax.data import Batch, DatasetInfo, Split, stream
+from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
+from tinyvgg_jax.evaluate import abstract_params, evaluate
+from tinyvgg_jax.model import apply
+from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
+from tinyvgg_jax.train import Metrics, init_state, make_train_step, named_key, train_and_evaluate
+
+SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
+
+
+def no_augmentation(key: jax.Array, images: jax.Array) -> jax.Array:
+    return images
+
+
+def draw_batch(size: int = 6) -> Batch:
+    images = jax.random.randint(jax.random.key(1), (size, 16, 16, 1), 0, 256).astype(jnp.uint8)
+    return Batch(images, jnp.arange(size) % 5)
+
+
+def content_of(workdir: Path) -> dict[str, Any]:
+    """All that must be the same however often a run was interrupted."""
+    config = config_lib.from_file(workdir / "config.json")
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"], record["images_per_second"]
+    summary = json.loads((workdir / "summary.json").read_text())
+    del summary["seconds"]
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+    digests = {
+        item.parent.parent.name: json.loads(item.read_text())["digests"]
+        for item in (workdir / "checkpoints").glob("*/progress/metadata")
+    }
+    assert len(digests) == len(steps)
+    return {
+        "config": config.to_dict(),
+        "records": records,
+        "summary": summary,
+        "steps": steps,
+        "digests": digests,
+    }
+
+
+# The step
+
+
+def test_one_step_is_pinned() -> None:
+    """If you meant to change the model, its initialisation, the loss or the step, update this."""
+    optimizer = sgd(learning_rate_schedule(0.01, 0.9, 10), 0.9)
+    state = init_state(SMALL, optimizer, jax.random.key(0), (16, 16, 1))
+    rotated = partial(augment, rotation_degrees=10.0, horizontal_flip=True)
+    step = jax.jit(make_train_step(SMALL, optimizer, rotated))
+    state, first = step(state, draw_batch(), jax.random.key(2))
+    state, second = step(state, draw_batch(), jax.random.key(2))
+    losses = [float(metrics.loss / metrics.examples) for metrics in (first, second)]
+    assert losses == pytest.approx(PINNED_LOSSES, rel=1e-5)
+    assert int(state.step) == 2
+
+
+PINNED_LOSSES = [1.6623083, 1.6507007]
+
+
+def test_the_step_is_gradient_descent_on_the_mean_cross_entropy() -> None:
+    optimizer = optax.sgd(0.1)
+    state = init_state(SMALL, optimizer, jax.random.key(0), (16, 16, 1))
+    batch = draw_batch()
+
+    def mean_loss(params: Any) -> jax.Array:
+        logits = apply(SMALL, params, batch.images / 255)
+        picked = jax.nn.log_softmax(logits)[jnp.arange(6), batch.labels]
+        return -picked.mean()
+
+    loss, gradients = jax.value_and_grad(mean_loss)(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+    step = make_train_step(SMALL, optimizer, no_augmentation)
+    after, metrics = step(state, batch, jax.random.key(0))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.params, expected)
+    assert float(metrics.loss) == pytest.approx(6 * float(loss), rel=1e-6)
+    right = apply(SMALL, state.params, batch.images / 255).argmax(-1) == batch.labels
+    assert (int(metrics.correct), int(metrics.examples)) == (int(right.sum()), 6)
+
+
+def test_the_augmentation_gets_a_key_of_its_own_at_each_step_and_images_in_0_to_1() -> None:
+    seen: list[tuple[bytes, float]] = []
+
+    def spy(key: jax.Array, images: jax.Array) -> jax.Array:
+        seen.append((jax.random.key_data(key).tobytes(), float(images.max())))
+        return images
+
+    optimizer = optax.sgd(0.1)
+    state = init_state(SMALL, optimizer, jax.random.key(0), (16, 16, 1))
+    step = make_train_step(SMALL, optimizer, spy)
+    for _ in range(3):
+        state, _ = step(state, draw_batch(), jax.random.key(0))
+    assert len({key for key, _ in seen}) == 3
+    assert all(0.9 < largest <= 1 for _, largest in seen)
+
+
+def test_metrics_add_and_remember_the_first_divergence() -> None:
+    a = Metrics(jnp.float32(1), jnp.int32(2), jnp.int32(3), jnp.int32(0))
+    b = Metrics(jnp.float32(10), jnp.int32(20), jnp.int32(30), jnp.int32(7))
+    c = b._replace(diverged_at=jnp.int32(8))
+    total = Metrics.zero().plus(a).plus(b).plus(c)
+    assert [float(value) for value in total] == [21, 42, 63, 7]
+
+
+def test_keys_of_different_names_differ() -> None:
+    keys = [named_key(jax.random.key(0), name) for name in ("init", "order", "augment")]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 3
+
+
+def test_nothing_is_compiled_after_the_first_step(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    end_epoch = train._end_epoch
+
+    def spy(run: Any, position: Any, epoch: int) -> dict[str, Any]:
+        sizes.append(run.update._cache_size())
+        return end_epoch(run, position, epoch)
+
+    monkeypatch.setattr(train, "_end_epoch", spy)
+    train_and_evaluate(config, tmp_path)
+    assert sizes == [1, 1, 1]
+
+
+# A whole run
+
+
+def test_a_run_learns_and_leaves_what_it_promises(config: ConfigDict, tmp_path: Path) -> None:
+    config.num_epochs, config.learning_rate = 6, 0.1
+    summary = train_and_evaluate(config, tmp_path)
+    assert summary["test_accuracy"] > 0.9
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert {"parameters", "seconds", "device", "versions", "step"} < set(summary)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records] == [8, 16, 24, 32, 40, 48]
+    rates = [record["learning_rate"] for record in records]
+    assert rates == pytest.approx([0.1 * config.learning_rate_decay**e for e in range(6)])
+    assert list(records[0]) == [
+        "epoch",
+        "step",
+        "learning_rate",
+        "train_loss",
+        "train_accuracy",
+        "validation_loss",
+        "validation_accuracy",
+        "seconds",
+        "images_per_second",
+    ]
+    assert records[-1]["validation_accuracy"] == summary["validation_accuracy"]
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_has_the_records_figures(config: ConfigDict, tmp_path: Path) -> None:
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def add_scalar(self, *scalar: Any) -> None:
+            written.append(scalar)
+
+        def flush(self) -> None:
+            pass
+
+    record = {"step": 8, "learning_rate": 0.1, "images_per_second": 5.0}
+    record |= {"train_loss": 1.0, "train_accuracy": 0.2, "validation_loss": 3.0}
+    record |= {"validation_accuracy": 0.4}
+    train.reporting.tensorboard_scalars(Writer(), record)  # type: ignore[attr-defined]
+    assert sorted(written) == [
+        ("accuracy/train", 0.2, 8),
+        ("accuracy/validation", 0.4, 8),
+        ("images_per_second", 5.0, 8),
+        ("learning_rate", 0.1, 8),
+        ("loss/train", 1.0, 8),
+        ("loss/validation", 3.0, 8),
+    ]
+
+
+def test_the_seed_decides_everything(config: ConfigDict, tmp_path: Path) -> None:
+    config.num_epochs = 1
+    train_and_evaluate(config, tmp_path / "a")
+    train_and_evaluate(config, tmp_path / "b")
+    config.seed = 1
+    train_and_evaluate(config, tmp_path / "c")
+    a, b, c = (content_of(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a["digests"] != c["digests"]
+
+
+def test_the_test_split_is_evaluated_once_after_training(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def spy(model: TinyVGG, params: Any, split: Split) -> Any:
+        sizes.append(len(split))
+        return evaluate(model, params, split)
+
+    monkeypatch.setattr(train, "evaluate", spy)
+    train_and_evaluate(config, tmp_path)
+    assert sizes == [80, 80, 80, 250, 80, 70]
+
+
+# Interrupted and resumed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    import importlib
+
+    config = importlib.import_module("configs.default").get_config()
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    train_and_evaluate(as_small(config, data_dir), workdir)
+    return content_of(workdir)
+
+
+def as_small(config: ConfigDict, data_dir: Path) -> ConfigDict:
+    config.num_epochs, config.batch_size, config.learning_rate = 3, 30, 0.05
+    config.model.widths, config.model.convs_per_block, config.model.hidden = (4, 8), 1, 8
+    config.data.name, config.data.data_dir = "bars", str(data_dir)
+    config.data.train_split, config.data.validation_split = "train[:250]", "train[250:]"
+    return config
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("batches", [1, 8, 11])
+def test_a_signal_saves_and_the_same_call_goes_on_bit_for_bit(
+    config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: dict[str, Any],
+    number: signal.Signals,
+    batches: int,
+) -> None:
+    seen = 0
+
+    def interrupting(*arguments: Any) -> Iterator[Batch]:
+        nonlocal seen
+        for batch in stream(*arguments):
+            seen += 1
+            if seen == batches:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "stream", interrupting)
+        with pytest.raises(InterruptedRunError, match=f"interrupted at step {batches}") as caught:
+            train_and_evaluate(config, tmp_path)
+    assert caught.value.signal_number == number
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    train_and_evaluate(config, tmp_path)
+    assert without_steps(content_of(tmp_path)) == without_steps(uninterrupted)
+
+
+def without_steps(content: dict[str, Any]) -> dict[str, Any]:
+    """Which checkpoints are kept may differ; the last must not."""
+    last = str(content["steps"][-1])
+    digests = {last: content["digests"][last]}
+    return {key: value for key, value in content.items() if key != "steps"} | {"digests": digests}
+
+
+KILL = """
+import json, os, signal, sys, time
+from pathlib import Path
+from tinyvgg_jax import checkpoint, train
+
+config, workdir, where, count = sys.argv[1:]
+seen = 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def batches(*arguments):
+    global seen
+    for batch in stream(*arguments):
+        seen += 1
+        if seen == int(count):
+            die()
+        yield batch
+
+class Saving(checkpoint.Checkpoints):
+    def save(self, *arguments):
+        global seen
+        super().save(*arguments)
+        seen += 1
+        if seen == int(count):
+            die()
+
+if where == "batch":
+    stream, train.stream = train.stream, batches
+else:
+    train.Checkpoints = Saving
+train.train_and_evaluate(json.loads(config), workdir)
+"""
+
+
+@pytest.mark.parametrize(("where", "count"), [("batch", 12), ("save", 2)])
+def test_killed_in_a_run_or_a_save_the_same_call_goes_on_bit_for_bit(
+    config: ConfigDict, tmp_path: Path, uninterrupted: dict[str, Any], where: str, count: int
+) -> None:
+    command = [sys.executable, "-c", KILL, json.dumps(config.to_dict()), str(tmp_path), where]
+    killed = subprocess.run([*command, str(count)], cwd=ROOT, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (tmp_path / "summary.json").exists()
+    train_and_evaluate(config, tmp_path)
+    assert without_steps(content_of(tmp_path)) == without_steps(uninterrupted)
+
+
+def test_with_a_damaged_newest_checkpoint_it_goes_on_from_the_one_before(
+    config: ConfigDict, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    train_and_evaluate(config, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    newest = tmp_path / "checkpoints" / "24" / "params"
+    file = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    train_and_evaluate(config, tmp_path)
+    assert without_steps(content_of(tmp_path)) == without_steps(uninterrupted)
+
+
+def test_a_finished_run_is_not_run_again(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.num_epochs = 1
+    summary = train_and_evaluate(config, tmp_path)
+    monkeypatch.setattr(train, "evaluate", None)
+    monkeypatch.setattr(train, "stream", None)
+    assert train_and_evaluate(config, tmp_path) == summary
+
+
+def test_it_trains_outside_of_the_main_thread(config: ConfigDict, tmp_path: Path) -> None:
+    config.num_epochs = 1
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(train_and_evaluate(config, tmp_path)))
+    thread.start()
+    thread.join()
+    assert result and "test_accuracy" in result[0]
+
+
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(*arguments: Any, **settings: Any) -> Callable[..., Any]:
+        step = make_train_step(*arguments, **settings)
+
+        def poisoned_step(state: Any, batch: Any, key: Any) -> Any:
+            params = jax.tree.map(lambda p: jnp.where(state.step == 10, jnp.nan, p), state.params)
+            return step(state._replace(params=params), batch, key)
+
+        return poisoned_step
+
+    monkeypatch.setattr(train, "make_train_step", poisoned)
+    with pytest.raises(DivergedError, match="not a finite number at step 11") as caught:
+        train_and_evaluate(config, tmp_path)
+    assert caught.value.step == 11
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [8]
+        kept = checkpoints.restore_params("latest", abstract_params(SMALL, (16, 16, 1)))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(kept.params))
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_parameters_that_diverge_in_the_last_step_are_not_saved(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.learning_rate = 1e38
+    config.batch_size = 250
+    config.num_epochs = 1
+    with pytest.raises(DivergedError, match="validation loss is not a finite number at step 1"):
+        train_and_evaluate(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_folder_with_a_run_of_another_config_is_refused_and_untouched(
+    config: ConfigDict, tmp_path: Path
+) -> None:
+    config.num_epochs = 1
+    train_and_evaluate(config, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    config.seed, config.model.hidden = 5, 9
+    with pytest.raises(UserError, match=r"another config \(seed: 5, not 0; model.hidden: 9, not 8"):
+        train_and_evaluate(config, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_rejected_config_leaves_no_folder(config: ConfigDict, tmp_path: Path) -> None:
+    config.batch_size = 251
+    with pytest.raises(UserError, match="batch_size is 251, more than the 250 examples"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(config: ConfigDict, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to"):
+        train_and_evaluate(config, tmp_path / "file" / "run")
+
+
+# The real data
+
+
+def test_it_learns_the_real_data_in_seconds(
+    real_data: tuple[dict[str, Split], DatasetInfo], tmp_path: Path
+) -> None:
+    import importlib
+
+    config = importlib.import_module("configs.quick").get_config()
+    config.num_epochs = 1
+    config.model.widths = (8, 16)
+    config.data.train_split = "train[:12800]"
+    config.data.validation_split = "train[55000:56000]"
+    config.data.test_split = "test[:2000]"
+    assert train_and_evaluate(config, tmp_path)["test_accuracy"] > 0.7
