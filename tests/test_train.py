@@ -26,13 +26,25 @@ from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.evaluate import abstract_params, evaluate
 from tinyvgg_jax.model import apply
 from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
-from tinyvgg_jax.train import Metrics, init_state, make_train_step, named_key, train_and_evaluate
+from tinyvgg_jax.train import (
+    Metrics,
+    TrainState,
+    init_state,
+    make_train_step,
+    named_key,
+    train_and_evaluate,
+)
 
 SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
 
 
 def no_augmentation(key: jax.Array, images: jax.Array) -> jax.Array:
     return images
+
+
+def initial(optimizer: optax.GradientTransformation) -> TrainState:
+    init = partial(init_state, SMALL, optimizer, image_shape=(16, 16, 1))
+    return jax.jit(init)(jax.random.key(0))
 
 
 def draw_batch(size: int = 6) -> Batch:
@@ -69,7 +81,7 @@ def content_of(workdir: Path) -> dict[str, Any]:
 def test_one_step_is_pinned() -> None:
     """If you meant to change the model, its initialisation, the loss or the step, update this."""
     optimizer = sgd(learning_rate_schedule(0.01, 0.9, 10), 0.9)
-    state = init_state(SMALL, optimizer, jax.random.key(0), (16, 16, 1))
+    state = initial(optimizer)
     rotated = partial(augment, rotation_degrees=10.0, horizontal_flip=True)
     step = jax.jit(make_train_step(SMALL, optimizer, rotated))
     state, first = step(state, draw_batch(), jax.random.key(2))
@@ -84,7 +96,7 @@ PINNED_LOSSES = [1.6623083, 1.6507007]
 
 def test_the_step_is_gradient_descent_on_the_mean_cross_entropy() -> None:
     optimizer = optax.sgd(0.1)
-    state = init_state(SMALL, optimizer, jax.random.key(0), (16, 16, 1))
+    state = initial(optimizer)
     batch = draw_batch()
 
     def mean_loss(params: Any) -> jax.Array:
@@ -92,9 +104,9 @@ def test_the_step_is_gradient_descent_on_the_mean_cross_entropy() -> None:
         picked = jax.nn.log_softmax(logits)[jnp.arange(6), batch.labels]
         return -picked.mean()
 
-    loss, gradients = jax.value_and_grad(mean_loss)(state.params)
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(state.params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
-    step = make_train_step(SMALL, optimizer, no_augmentation)
+    step = jax.jit(make_train_step(SMALL, optimizer, no_augmentation))
     after, metrics = step(state, batch, jax.random.key(0))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.params, expected)
     assert float(metrics.loss) == pytest.approx(6 * float(loss), rel=1e-6)
@@ -110,7 +122,7 @@ def test_the_augmentation_gets_a_key_of_its_own_at_each_step_and_images_in_0_to_
         return images
 
     optimizer = optax.sgd(0.1)
-    state = init_state(SMALL, optimizer, jax.random.key(0), (16, 16, 1))
+    state = initial(optimizer)
     step = make_train_step(SMALL, optimizer, spy)
     for _ in range(3):
         state, _ = step(state, draw_batch(), jax.random.key(0))

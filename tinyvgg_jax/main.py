@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
+    # Orbax logs every failure with its traceback; it also raises it, and that is what we show.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         _parse(argv)
         {"train": _train, "eval": _evaluate, "prepare": _prepare}[_MODE.value]()

@@ -458,6 +458,7 @@ def _finish(run: _Run, position: _Position) -> dict[str, Any]:
         summary[f"{name}_accuracy"] = result.accuracy
         summary[f"{name}_loss"] = result.mean_loss
     summary |= {
+        "dataset": run.config.data.name,
         "step": step,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(position.state.params)),
         "seconds": sum(record["seconds"] for record in position.history),
