@@ -1,4 +1,15 @@
-"""The paper's recipe: widths 64-128-256, SGD with momentum, batch 32, 10 epochs."""
+"""The paper's recipe: widths 64-128-256, SGD with momentum, batch 32, 10 epochs.
+
+    python -m tinyvgg_jax.main --config configs/default.py
+
+The paper reached 90.3 % on train, 89.7 % on validation and 89.5 % on test. It does not say by how
+much the learning rate decays in an epoch. Here it was chosen on the validation split, with this
+recipe on a narrower network (widths 16-32-64, one convolution a block, 128 hidden; one seed): the
+validation accuracy after 10 epochs was 91.5 % with a factor of 0.7, 91.7 % with 0.8 and 91.4 % with
+0.9. The rotation of up to 10 degrees is the usual choice and was not tuned.
+
+Accuracies and time of this file's own network are still to be measured to the end.
+"""
 
 from ml_collections import ConfigDict, config_dict
 

@@ -1,4 +1,10 @@
-"""The default recipe at a size for two CPU cores: a narrower network, one convolution a block."""
+"""The default recipe at a size for two CPU cores: a narrower network, one convolution a block.
+
+    python -m tinyvgg_jax.main --config configs/quick.py
+
+On two cores of an AMD EPYC: 110 s of training, compilation included. Train 90.9 %, validation
+90.8 %, test 89.4 % (one seed).
+"""
 
 from ml_collections import ConfigDict
 

@@ -437,6 +437,13 @@ def test_a_folder_that_cannot_be_written_is_said(config: ConfigDict, tmp_path: P
         train_and_evaluate(config, tmp_path / "file" / "run")
 
 
+def test_two_runs_in_one_folder_are_refused(config: ConfigDict, tmp_path: Path) -> None:
+    with train._alone_in(tmp_path), pytest.raises(UserError, match="another process is training"):
+        train_and_evaluate(config, tmp_path)
+    config.num_epochs = 1
+    train_and_evaluate(config, tmp_path)
+
+
 # The real data
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -210,7 +211,7 @@ def train_and_evaluate(
     workdir = Path(workdir).expanduser().absolute()
     _refuse_another_run(workdir, config)
     run = _assemble(config, workdir)
-    with _writing_to(workdir):
+    with _writing_to(workdir), _alone_in(workdir):
         _describe(run)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             position = _start(run, checkpoints)
@@ -230,11 +231,22 @@ def _refuse_another_run(workdir: Path, config: ConfigDict) -> None:
 
 
 def _describe(run: _Run) -> None:
-    """Makes the folder and writes what says whose it is: config.json and dataset.json."""
-    run.workdir.mkdir(parents=True, exist_ok=True)
+    """Writes what says whose the folder is: config.json and dataset.json."""
     dataset = json.dumps(dataclasses.asdict(run.info), indent=2) + "\n"
     reporting.write_atomically(run.workdir / "dataset.json", dataset)
     reporting.write_atomically(run.workdir / "config.json", config_lib.to_json(run.config))
+
+
+@contextlib.contextmanager
+def _alone_in(workdir: Path) -> Iterator[None]:
+    """Makes the folder and keeps a second run out of it; the lock ends with the process."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {workdir}.") from None
+        yield
 
 
 @contextlib.contextmanager
