@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,12 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.environ[f"JAX_PERSISTENT_CACHE_{setting.upper()}"] = "0"
         jax.config.update(f"jax_persistent_cache_{setting}", 0)
     return home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heed_ctrl_c() -> None:
+    """Tests that run in the background of a shell inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

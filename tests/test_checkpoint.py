@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,20 @@ def test_saving_copies_what_is_donated_next(tmp_path: Path) -> None:
         jax.jit(lambda t: jax.tree.map(lambda a: a * 0, t), donate_argnums=0)(state)
         checkpoints.wait()
         assert_equal(checkpoints.restore_params(1, ABSTRACT[0]).params, expected)
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "c", {1: 0.5})
+    usage = type(shutil.disk_usage(tmp_path))(1000, 0, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with (
+        Checkpoints(tmp_path / "c") as checkpoints,
+        pytest.raises(UserError, match=r"cannot save a checkpoint .* MB needed"),
+    ):
+        checkpoints.save(2, params(2), opt_state(2), {}, 0.5)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
 def data_file(item: Path) -> Path:

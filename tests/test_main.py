@@ -187,7 +187,8 @@ def test_damaged_idx_files_are_one_line(
 ) -> None:
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b truncated")
     flags = ["--config.data.name=fashion_mnist", f"--config.data.data_dir={tmp_path / 'tfds'}"]
-    result = command_line(*small, *flags, f"--config.data.source_dir={tmp_path}")
+    flags += [f"--config.data.source_dir={tmp_path}", f"--workdir={tmp_path / 'run'}"]
+    result = command_line(*small, *flags)
     assert "train-" in one_line(result) and result.returncode == 2
 
 

@@ -104,6 +104,14 @@ class Checkpoints:
         Raises:
             UserError: if it, or the save before it, could not be written.
         """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
+        free = shutil.disk_usage(self._folder).free
+        # With what Orbax adds; and before it is half done.
+        if free < 2 * size:
+            raise UserError(
+                f"cannot save a checkpoint in {self._folder}: {free / 1e6:,.0f} MB free, "
+                f"{2 * size / 1e6:,.0f} MB needed. What was saved before is kept."
+            )
         digests = {"params": digest(params), "opt_state": digest(opt_state)}
         metrics = None if validation_accuracy is None else {_METRIC: float(validation_accuracy)}
         items = ocp.args.Composite(

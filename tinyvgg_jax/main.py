@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     # Orbax logs every failure with its traceback; it also raises it, and that is what we show.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _show_unraisable
     try:
         _parse(argv)
         {"train": _train, "eval": _evaluate, "prepare": _prepare}[_MODE.value]()
@@ -62,6 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; nothing that was saved is lost.", 130)
     return 0
+
+
+def _show_unraisable(unraisable: Any) -> None:
+    """Leaves out what TensorStore's threads say after a save that failed, and was reported."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: object, status: int) -> int:
