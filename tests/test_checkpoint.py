@@ -108,6 +108,9 @@ DAMAGES: list[Callable[[Path], Any]] = [
     lambda folder: (folder / "params" / "_METADATA").write_bytes(b"\xff{"),
     lambda folder: data_file(folder / "progress").write_bytes(b'{"no'),
     lambda folder: data_file(folder / "progress").write_bytes(b"{}"),
+    lambda folder: data_file(folder / "progress").write_bytes(
+        data_file(folder / "progress").read_bytes().replace(b'"note": 2', b'"note": 3')
+    ),
     lambda folder: (folder / "metrics" / "metrics").write_bytes(b"{"),
 ]
 
@@ -155,6 +158,33 @@ def test_reading_neither_moves_nor_uses_what_is_damaged(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"step 1 .* is damaged"):
             checkpoints.restore_params(1, ABSTRACT[0])
     assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_steps_are_numbers_latest_or_best(tmp_path: Path) -> None:
+    fill(tmp_path / "c", {1: 0.9, 2: 0.8})
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.restore_params(np.int64(1), ABSTRACT[0]).step == 1  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="must be a number, latest or best, not 'lastest'"):
+            checkpoints.restore_params("lastest", ABSTRACT[0])
+
+
+def test_reading_names_metrics_that_are_damaged(tmp_path: Path) -> None:
+    fill(tmp_path / "c", {1: 0.9})
+    (tmp_path / "c" / "1" / "metrics" / "metrics").write_bytes(b"")
+    with pytest.raises(UserError, match=r"metrics is damaged; move .*/1 away"):
+        Checkpoints(tmp_path / "c", read_only=True)
+
+
+def test_a_checkpoint_of_another_network_is_not_called_damaged(tmp_path: Path) -> None:
+    fill(tmp_path / "checkpoints", {1: 0.9})
+    other = {**ABSTRACT[0], "a": jax.ShapeDtypeStruct((50, 8), "float32")}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        with pytest.raises(
+            UserError, match=r"another network .* a is \[50, 7\] there, not \[50, 8"
+        ):
+            checkpoints.restore_newest(other, ABSTRACT[1])
+        assert checkpoints.steps() == [1]
+    assert not (tmp_path / "checkpoints.damaged").exists()
 
 
 def test_if_all_are_damaged_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -257,6 +257,36 @@ def test_images_are_decoded_once_and_again_when_the_files_change(
     assert calls == ["test", "test"]
 
 
+@pytest.mark.parametrize("file", ["images.npy", "labels.npy"])
+@pytest.mark.parametrize("size", [None, 0, 150])
+def test_a_damaged_cache_is_made_anew(
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    size: int | None,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = load_splits("bars", {"a": "test"}, str(data_dir))[0]["a"].labels
+    (path,) = tmp_path.glob(f"tinyvgg_jax/decoded/*/{file}")
+    path.unlink() if size is None else os.truncate(path, size)
+    for _ in range(2):
+        loaded = load_splits("bars", {"a": "test"}, str(data_dir))[0]["a"]
+        np.testing.assert_array_equal(loaded.labels, before)
+        assert loaded.images.shape == (TEST_SIZE, 16, 16, 1)
+    assert path.stat().st_size > 150
+
+
+def test_damaged_records_are_one_clear_error(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bars" / "3.0.1"
+    folder.mkdir(parents=True)
+    for file in (data_dir / "bars" / "3.0.1").iterdir():
+        content = file.read_bytes()
+        (folder / file.name).write_bytes(content[:900] if "bars-test" in file.name else content)
+    with pytest.raises(UserError, match=r"3\.0\.1 is damaged"):
+        load_splits("bars", {"a": "test"}, str(tmp_path))
+
+
 def test_a_cache_that_cannot_be_written_costs_time_only(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,8 @@ def content_of(workdir: Path) -> dict[str, Any]:
         for item in (workdir / "checkpoints").glob("*/progress/metadata")
     }
     assert len(digests) == len(steps)
+    for digest in digests.values():
+        del digest["progress"]  # It holds times.
     return {
         "config": config.to_dict(),
         "records": records,
@@ -365,6 +367,35 @@ def test_a_finished_run_is_not_run_again(
     monkeypatch.setattr(train, "evaluate", None)
     monkeypatch.setattr(train, "stream", None)
     assert train_and_evaluate(config, tmp_path) == summary
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"step": 8}', "{"])
+def test_a_damaged_summary_is_made_anew(config: ConfigDict, tmp_path: Path, content: str) -> None:
+    config.num_epochs = 1
+    summary = train_and_evaluate(config, tmp_path)
+    (tmp_path / "summary.json").write_text(content)
+    assert train_and_evaluate(config, tmp_path) == summary
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_run_does_not_go_on_with_other_data(config: ConfigDict, tmp_path: Path) -> None:
+    config.num_epochs = 1
+    config.data.test_split = "test"
+    train_and_evaluate(config, tmp_path)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    assert content["num_examples"] == {"train": 250, "validation": 80, "test": 70}
+    content["num_examples"]["test"] = 71
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="holds a run on other data"):
+        train_and_evaluate(config, tmp_path)
+
+
+def test_a_second_signal_acts_at_once() -> None:
+    with train._stop_signal() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_it_trains_outside_of_the_main_thread(config: ConfigDict, tmp_path: Path) -> None:

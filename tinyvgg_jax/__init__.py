@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinyvgg_jax.errors import DivergedError as DivergedError
+    from tinyvgg_jax.errors import InterruptedRunError as InterruptedRunError
     from tinyvgg_jax.errors import UserError as UserError
     from tinyvgg_jax.evaluate import restore as restore
     from tinyvgg_jax.model import TinyVGG as TinyVGG
@@ -16,11 +18,20 @@ __version__ = "0.1.0"
 
 _HOME = {
     "TinyVGG": "tinyvgg_jax.model",
+    "DivergedError": "tinyvgg_jax.errors",
+    "InterruptedRunError": "tinyvgg_jax.errors",
     "UserError": "tinyvgg_jax.errors",
     "restore": "tinyvgg_jax.evaluate",
     "train_and_evaluate": "tinyvgg_jax.train",
 }
-__all__ = ["TinyVGG", "UserError", "restore", "train_and_evaluate"]
+__all__ = [
+    "DivergedError",
+    "InterruptedRunError",
+    "TinyVGG",
+    "UserError",
+    "restore",
+    "train_and_evaluate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import operator
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,8 +55,7 @@ class Checkpoints:
         """
         self._folder = folder.absolute()
         self._read_only = read_only
-        if not read_only:
-            self._set_aside_unreadable_metrics()
+        self._refuse_unreadable_metrics()
         policy = AnyPreservationPolicy(
             [
                 LatestN(_LATEST_KEPT),
@@ -112,7 +112,12 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self._folder}: {free / 1e6:,.0f} MB free, "
                 f"{2 * size / 1e6:,.0f} MB needed. What was saved before is kept."
             )
-        digests = {"params": digest(params), "opt_state": digest(opt_state)}
+        progress = {**progress, "shapes": _shapes(params)}
+        digests = {
+            "params": digest(params),
+            "opt_state": digest(opt_state),
+            "progress": _digest_json(progress),
+        }
         metrics = None if validation_accuracy is None else {_METRIC: float(validation_accuracy)}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -170,7 +175,11 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise UserError(f"{self._folder} holds no checkpoint yet.")
-        if isinstance(step, int):
+        if step not in ("latest", "best"):
+            try:
+                step = operator.index(step)  # type: ignore[arg-type]
+            except TypeError:
+                raise UserError(f"step must be a number, latest or best, not {step!r}.") from None
             if step not in steps:
                 known = ", ".join(str(known) for known in steps)
                 raise UserError(f"there is no checkpoint of step {step}; there are: {known}.")
@@ -188,13 +197,16 @@ class Checkpoints:
     def _restore_if_intact(self, step: int, params: Any, opt_state: Any) -> Restored | None:
         wanted = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
         items = {name: ocp.args.StandardRestore(_on_device(tree)) for name, tree in wanted.items()}
+        self._refuse_another_network(step, params)
         try:
             content = self._manager.restore(
                 step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), **items)
             )
             progress = dict(content["progress"])
             digests = progress.pop("digests")
-            intact = all(digest(content[name]) == digests[name] for name in wanted)
+            intact = digests["progress"] == _digest_json(progress) and all(
+                digest(content[name]) == digests[name] for name in wanted
+            )
             reason = "its content does not match its digest"
         except Exception as error:
             # A damaged file shows as one of a dozen exception types, plain Exception included.
@@ -202,7 +214,26 @@ class Checkpoints:
         if not intact:
             logger.warning("The checkpoint of step %d is damaged: %s", step, reason)
             return None
+        del progress["shapes"]
         return Restored(step, content["params"], content.get("opt_state"), progress)
+
+    def _refuse_another_network(self, step: int, params: Any) -> None:
+        """A checkpoint that is not of the config's network is not damaged."""
+        try:
+            content = self._manager.restore(
+                step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+            )
+            found = dict(content["progress"]["shapes"])
+        except Exception:
+            return  # Damaged: restoring all of it says how.
+        wanted = _shapes(params)
+        for path in sorted({*found, *wanted}):
+            if found.get(path) == wanted.get(path):
+                continue
+            raise UserError(
+                f"the checkpoint of step {step} in {self._folder} is of another network than "
+                f"config.json says: {path} is {found.get(path)} there, not {wanted.get(path)}."
+            )
 
     def _validation_accuracy(self, step: int) -> float:
         try:
@@ -216,7 +247,7 @@ class Checkpoints:
         _move_aside(self._folder / str(step))
         self._manager.reload()
 
-    def _set_aside_unreadable_metrics(self) -> None:
+    def _refuse_unreadable_metrics(self) -> None:
         """Orbax opens no folder in which one checkpoint's metrics are damaged."""
         for folder in self._folder.glob("[0-9]*"):
             file = _metrics_file(folder)
@@ -224,6 +255,8 @@ class Checkpoints:
                 if file.exists():
                     json.loads(file.read_text())
             except (OSError, ValueError) as error:
+                if self._read_only:
+                    raise UserError(f"{file} is damaged; move {folder} away.") from error
                 logger.warning("The checkpoint of step %s is damaged: %s", folder.name, error)
                 _move_aside(folder)
 
@@ -239,11 +272,24 @@ def digest(tree: Any) -> str:
     return sha.hexdigest()
 
 
+def _digest_json(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _on_device(tree: Any) -> Any:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
     )
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    """What tells one network's parameters from another's, as JSON."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+        for path, leaf in leaves
+    }
 
 
 def _accuracy(metrics: Any) -> float:

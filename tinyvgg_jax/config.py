@@ -134,14 +134,18 @@ def _check_ranges(values: dict[str, Any]) -> None:
 
     for name in ("num_epochs", "batch_size", "model.convs_per_block", "model.hidden"):
         require(name, values[name] >= 1, "at least 1")
+    # Beyond these, a typing error would end in a full memory and not in a message.
+    for name in ("model.hidden", "batch_size", "num_epochs"):
+        require(name, values[name] <= 1_000_000, "at most 1,000,000")
+    require("model.convs_per_block", values["model.convs_per_block"] <= 100, "at most 100")
     require("seed", 0 <= values["seed"] < 2**32, "from 0 to 4294967295")
     for name in ("learning_rate", "learning_rate_decay"):
         require(name, math.isfinite(values[name]) and values[name] > 0, "a positive number")
     require("momentum", 0 <= values["momentum"] < 1, "at least 0 and less than 1")
     require("dtype", values["dtype"] in DTYPES, "one of " + ", ".join(DTYPES))
     widths = values["model.widths"]
-    whole = all(type(width) is int and width >= 1 for width in widths)
-    require("model.widths", bool(widths) and whole, "a tuple of positive whole numbers")
+    whole = all(type(width) is int and 1 <= width <= 100_000 for width in widths)
+    require("model.widths", bool(widths) and whole, "a tuple of whole numbers from 1 to 100,000")
     rotation = values["augment.rotation_degrees"]
     require("augment.rotation_degrees", 0 <= rotation <= 180, "from 0 to 180")
     require("data.pipeline", values["data.pipeline"] in PIPELINES, "one of " + ", ".join(PIPELINES))

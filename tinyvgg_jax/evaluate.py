@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def restore(workdir: str | Path, step: int | str = "best") -> tuple[TinyVGG, Any
     Raises:
         UserError: if there is no run, no such checkpoint, or it is damaged.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     model, restored = _restore(workdir, run_config(workdir), run_info(workdir), step)
     return model, restored.params
 
@@ -159,7 +160,8 @@ def run_info(workdir: Path) -> DatasetInfo:
     """What the run in a folder knew of its dataset."""
     try:
         content = json.loads((workdir / "dataset.json").read_text())
-        return DatasetInfo(tuple(content["image_shape"]), tuple(content["class_names"]))
+        height, width, channels = (operator.index(n) for n in content["image_shape"])
+        return DatasetInfo((height, width, channels), tuple(content["class_names"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{workdir} holds no readable dataset.json: {error}") from error
 
@@ -198,7 +200,7 @@ def evaluate_run(
     Raises:
         UserError: if there is no such run, checkpoint or split.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     if split not in SPLITS:
         raise UserError(
             f"unknown split {split!r}; one of {', '.join(SPLITS)}"

@@ -153,7 +153,7 @@ def _evaluate() -> None:
     if _WORKDIR.value is None:
         raise UserError("--mode eval needs --workdir, the folder of a run.")
     step = _STEP.value
-    if step not in ("latest", "best") and not step.isdecimal():
+    if step not in ("latest", "best") and not (step.isdecimal() and len(step) < 19):
         raise UserError(f"--step must be a number, latest or best, not {step!r}.")
     from tinyvgg_jax.evaluate import evaluate_run
 

@@ -29,7 +29,7 @@ from tinyvgg_jax.augment import augment
 from tinyvgg_jax.checkpoint import Checkpoints
 from tinyvgg_jax.data import Batch, DatasetInfo, Split, epoch_order, load_splits, stream
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
-from tinyvgg_jax.evaluate import build_model, evaluate, to_float
+from tinyvgg_jax.evaluate import SPLITS, build_model, evaluate, to_float
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
 
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 # Steps that may be under way at a time: enough that the device never waits, few enough that
 # Ctrl-C is heard at once.
 _RUN_AHEAD = 4
+_SUMMARY_KEYS = {"dataset", "step", "parameters", "seconds", "device", "versions"} | {
+    f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")
+}
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
@@ -232,7 +235,15 @@ def _refuse_another_run(workdir: Path, config: ConfigDict) -> None:
 
 def _describe(run: _Run) -> None:
     """Writes what says whose the folder is: config.json and dataset.json."""
-    dataset = json.dumps(dataclasses.asdict(run.info), indent=2) + "\n"
+    sizes = {name: len(split) for name, split in run.splits.items()}
+    content = dataclasses.asdict(run.info) | {"num_examples": sizes}
+    dataset = json.dumps(content, indent=2) + "\n"
+    path = run.workdir / "dataset.json"
+    if path.exists() and path.read_text() != dataset:
+        raise UserError(
+            f"{run.workdir} holds a run on other data than {run.config.data.name} is here: see "
+            f"{path}. Pass another --workdir, or the right --config.data.data_dir."
+        )
     reporting.write_atomically(run.workdir / "dataset.json", dataset)
     reporting.write_atomically(run.workdir / "config.json", config_lib.to_json(run.config))
 
@@ -331,7 +342,7 @@ def _train(run: _Run, position: _Position, checkpoints: Checkpoints) -> None:
     if first == num_epochs:
         return
     writer = SummaryWriter(
-        str(run.workdir / "tensorboard"), purge_step=int(position.state.step) if first else None
+        str(run.workdir / "tensorboard"), purge_step=int(position.state.step) + 1 if first else None
     )
     with _stop_signal() as received, contextlib.closing(writer):
         for epoch in range(first, num_epochs):
@@ -341,14 +352,14 @@ def _train(run: _Run, position: _Position, checkpoints: Checkpoints) -> None:
                 and int(position.sums.examples) < run.steps_per_epoch * run.config.batch_size
             ):
                 _save(position, checkpoints, None)
-                _leave(position, checkpoints, run, received[0])
+                _leave(position, run, received[0])
             record = _end_epoch(run, position, epoch)
             _save(position, checkpoints, record["validation_accuracy"])
             reporting.write_history(run.workdir / "metrics.jsonl", position.history)
             reporting.tensorboard_scalars(writer, record)
             logger.info("%s", reporting.epoch_line(record, num_epochs))
             if received and epoch + 1 < num_epochs:
-                _leave(position, checkpoints, run, received[0])
+                _leave(position, run, received[0])
 
 
 def _train_epoch(run: _Run, position: _Position, epoch: int, received: list[int]) -> None:
@@ -390,7 +401,7 @@ def _checked(sums: Metrics, run: _Run) -> Metrics:
 
 def _diverged(which: str, step: int, run: _Run) -> DivergedError:
     return DivergedError(
-        f"the {which} loss is not a finite number at step {step}. The last good checkpoint is "
+        f"the {which} loss is not a finite number at step {step}. What was saved before is "
         f"kept in {run.workdir}. Try a lower --config.learning_rate in another --workdir.",
         step,
     )
@@ -447,8 +458,7 @@ def _stop_signal() -> Iterator[list[int]]:
         restore()
 
 
-def _leave(position: _Position, checkpoints: Checkpoints, run: _Run, number: int) -> None:
-    checkpoints.wait()
+def _leave(position: _Position, run: _Run, number: int) -> None:
     raise InterruptedRunError(
         f"interrupted at step {int(position.state.step)}; everything is saved in {run.workdir}. "
         "Run the same command again to go on from there.",
@@ -460,9 +470,9 @@ def _finish(run: _Run, position: _Position) -> dict[str, Any]:
     """Evaluates the last parameters on every split and writes summary.json, unless it is there."""
     path = run.workdir / "summary.json"
     step = int(position.state.step)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         summary: dict[str, Any] = json.loads(path.read_text())
-        if summary["step"] == step:
+        if summary.keys() >= _SUMMARY_KEYS and summary["step"] == step:
             logger.info("This run is finished already.")
             return summary
     logger.info("Evaluating ...")

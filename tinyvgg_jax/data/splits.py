@@ -177,15 +177,34 @@ def _concatenate(splits: list[Split]) -> Split:
 def _decoded(builder: Any, split: str, info: DatasetInfo) -> Split:
     """The whole split, from the cache if it is there."""
     folder = cache_dir() / "decoded" / f"{builder.name}-{split}-{_fingerprint(builder)}"
-    if not folder.exists():
+    shape = (builder.info.splits[split].num_examples, *info.image_shape)
+    stored = _load(folder, shape)
+    if stored is not None:
+        return stored
+    try:
         images, labels = _decode(builder, split, info)
-        try:
-            _store(folder, images, labels)
-        except OSError as error:
-            logger.warning("Decoded images are not kept: %s", error)
-            return Split(images, labels)
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    return Split(images, np.load(folder / "labels.npy"))
+    except Exception as error:
+        # The readers of array_record, of its examples and of PNG raise exceptions of their own.
+        raise UserError(
+            f"{builder.data_path} is damaged ({str(error).strip()}). Remove it and run again."
+        ) from error
+    try:
+        _store(folder, images, labels)
+    except OSError as error:
+        logger.warning("Decoded images are not kept: %s", error)
+        return Split(images, labels)
+    return _load(folder, shape) or Split(images, labels)
+
+
+def _load(folder: Path, shape: tuple[int, ...]) -> Split | None:
+    """What `_store` wrote, memory-mapped; None if it is not there or not whole."""
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy")
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = images.shape == shape and labels.shape == shape[:1]
+    return Split(images, labels) if whole else None
 
 
 def _fingerprint(builder: Any) -> str:
@@ -213,6 +232,10 @@ def _store(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
+        if folder.is_dir():  # It was looked at, and is not whole.
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            folder.unlink(missing_ok=True)
         np.save(scratch / "images.npy", images)
         np.save(scratch / "labels.npy", labels)
         try:
