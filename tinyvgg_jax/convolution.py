@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from tinyvgg_jax import native
+
 # Output pixels whose patches are gathered at a time: the best of 196 to 25,088 on two cores
 # of an AMD EPYC at the model's own shapes. It also bounds the extra memory.
 _PIXELS_PER_CHUNK = 3136
@@ -32,7 +34,7 @@ def _kernel_gradient_from_patches(
     pad_h, pad_w = (k_h - 1) // 2, (k_w - 1) // 2
     padding = ((0, 0), (pad_h, k_h - 1 - pad_h), (pad_w, k_w - 1 - pad_w), (0, 0))
     chunk = max(
-        n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * H * W <= _PIXELS_PER_CHUNK)
+        (n for n in range(1, B + 1) if B % n == 0 and n * H * W <= _PIXELS_PER_CHUNK), default=1
     )
     padded = jnp.pad(images, padding).reshape(B // chunk, chunk, H + k_h - 1, W + k_w - 1, C_in)
     gradients = gradient.reshape(B // chunk, chunk * H * W, C_out)
@@ -51,40 +53,62 @@ def _kernel_gradient_from_patches(
     return total.reshape(k_h, k_w, C_in, C_out)
 
 
+def _native(images: Array, kernel: Array) -> bool:
+    """Whether this convolution on a CPU is one of `native`'s."""
+    return (
+        images.dtype == kernel.dtype == jnp.float32
+        and kernel.shape[:2] == (3, 3)
+        and 0 not in images.shape + kernel.shape
+        # On other platforms nothing is gained by compiling it.
+        and jax.default_backend() == "cpu"
+        and native.available()
+    )
+
+
 @jax.custom_vjp
-def same_convolution(images: Array, kernel: Array) -> Array:
-    """Convolves with stride 1 and SAME padding; reverse-mode differentiable.
+def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
+    """Convolves with stride 1 and SAME padding, adds a bias and applies ReLU.
+
+    Reverse-mode differentiable.
 
     Args:
         images: `[B, H, W, C_in]`, floating.
         kernel: `[k_h, k_w, C_in, C_out]`, the dtype of `images`.
+        bias: `[C_out]`, likewise.
 
     Returns:
-        `[B, H, W, C_out]`, the same dtype; equal to `lax.conv_general_dilated`.
+        `[B, H, W, C_out]`, the same dtype; equal to `relu(lax.conv_general_dilated(...) + bias)`.
     """
-    return _same_convolution(images, kernel)
+
+    def xla(images: Array, kernel: Array, bias: Array) -> Array:
+        return jax.nn.relu(_same_convolution(images, kernel) + bias)
+
+    cpu = native.convolution_relu if _native(images, kernel) else xla
+    return lax.platform_dependent(images, kernel, bias, cpu=cpu, default=xla)
 
 
-def _forward(images: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _same_convolution(images, kernel), (images, kernel)
+def _forward(images: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    output = convolution_relu(images, kernel, bias)
+    return output, (images, kernel, output)
 
 
-def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    images, kernel = residuals
-    _, input_vjp = jax.vjp(partial(_same_convolution, kernel=kernel), images)
+def _backward(residuals: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    images, kernel, output = residuals
 
-    def xla(images: Array, gradient: Array) -> Array:
-        _, kernel_vjp = jax.vjp(partial(_same_convolution, images), kernel)
-        return kernel_vjp(gradient)[0]
+    def xla(images: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        return jax.vjp(_same_convolution, images, kernel)[1](gradient)
 
-    def cpu(images: Array, gradient: Array) -> Array:
-        by_patches = _kernel_gradient_from_patches(
-            images, gradient, (kernel.shape[0], kernel.shape[1])
-        )
-        return by_patches.astype(kernel.dtype)
+    def cpu(images: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        if _native(images, kernel):
+            return native.input_gradient(gradient, kernel), native.kernel_gradient(images, gradient)
+        _, input_vjp = jax.vjp(partial(_same_convolution, kernel=kernel), images)
+        size = (kernel.shape[0], kernel.shape[1])
+        by_patches = _kernel_gradient_from_patches(images, gradient, size)
+        return input_vjp(gradient)[0], by_patches.astype(kernel.dtype)
 
-    kernel_gradient = lax.platform_dependent(images, gradient, cpu=cpu, default=xla)
-    return input_vjp(gradient)[0], kernel_gradient
+    gradient = jnp.where(output > 0, gradient, 0)
+    of_images, of_kernel = lax.platform_dependent(images, kernel, gradient, cpu=cpu, default=xla)
+    return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
 
 
-same_convolution.defvjp(_forward, _backward)
+convolution_relu.defvjp(_forward, _backward)

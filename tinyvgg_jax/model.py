@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from tinyvgg_jax.convolution import same_convolution
+from tinyvgg_jax.convolution import convolution_relu
 
 
 def max_pool_2x2(x: Array) -> Array:
@@ -26,9 +26,24 @@ def max_pool_2x2(x: Array) -> Array:
     return even.reshape(B, H // 2, 2, W // 2, 2, C).max(axis=(2, 4))
 
 
-def _convolve(images: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """What `nn.Conv` calls: its stride is 1 and its padding SAME, as ours is."""
-    return same_convolution(images, kernel)
+class ConvReLU(nn.Module):
+    """A 3x3 convolution, SAME, with a bias and ReLU: `nn.Conv` and `nn.relu` in one operation.
+
+    Attributes:
+        features: number of filters.
+        dtype: dtype of the computation; the parameters are float32.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, H, W, C]` to `[B, H, W, features]`."""
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return convolution_relu(*(a.astype(self.dtype) for a in (x, kernel, bias)))
 
 
 def apply(model: nn.Module, params: Any, images: Array) -> Array:
@@ -90,14 +105,7 @@ class TinyVGG(nn.Module):
         x = images.astype(self.dtype)
         for block, width in enumerate(self.widths, start=1):
             for layer in range(1, self.convs_per_block + 1):
-                x = nn.Conv(
-                    width,
-                    (3, 3),
-                    dtype=self.dtype,
-                    conv_general_dilated=_convolve,
-                    name=f"conv{block}_{layer}",
-                )(x)
-                x = nn.relu(x)
+                x = ConvReLU(width, self.dtype, name=f"conv{block}_{layer}")(x)
             x = max_pool_2x2(x)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="dense")(x))
