@@ -1,0 +1,1 @@
+"""How fast it is: `python -m tinyvgg_jax.benchmark`, beside PyTorch with `--peer torch`."""

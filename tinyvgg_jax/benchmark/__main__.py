@@ -1,0 +1,286 @@
+"""Measures throughput, start-up, memory and the share of the device's rate; prints and writes it.
+
+    python -m tinyvgg_jax.benchmark [--peer torch] [--json FILE] [--cases train,infer,...]
+
+Every case is run by all contestants in turns; figures are medians over the rounds, ratios are
+taken round by round.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinyvgg_jax.benchmark.contest import Contestant, Result, contest, ratios
+
+_OURS = "tinyvgg_jax.benchmark.ours"
+_TORCH = "tinyvgg_jax.benchmark.torch_peer"
+_NAME = "tinyvgg_jax"
+CASES = ("startup", "train", "infer", "epoch", "stream")
+# The train split's size, and the paper's batch size and number of epochs.
+_EXAMPLES, _BATCH_SIZE, _EPOCHS = 55_000, 32, 10
+# Examples in the cases that need no whole split.
+_FEW_EXAMPLES = 12_800
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Returns:
+        The exit status.
+    """
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    # The memory that XLA takes in advance would be missing for the others, and hide what it uses.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    platform_name = _platform()
+    report: dict[str, Any] = {"environment": _environment(arguments.peer), "cases": []}
+    print(json.dumps(report["environment"]))
+    for case, contestants in _cases(arguments, platform_name):
+        results = contest(contestants, case, arguments.rounds, arguments.seconds)
+        entry = _entry(case, results)
+        report["cases"].append(entry)
+        print("\n" + _table(entry, results), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyvgg_jax.benchmark", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--cases", type=_words, default=list(CASES), help=",".join(CASES))
+    parser.add_argument(
+        "--batch_sizes", type=_numbers, help="of training; 32,256, on a GPU 32,512,4096"
+    )
+    parser.add_argument("--inference_batch_sizes", type=_numbers, default=[1, 32, 256])
+    parser.add_argument("--dtypes", type=_words, help="float32, on a GPU float32,bfloat16")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn, about")
+    parser.add_argument("--peer", choices=["torch"], help="who else takes part")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    arguments = parser.parse_args(argv)
+    unknown = set(arguments.cases) - set(CASES)
+    if unknown:
+        parser.error(f"unknown case {unknown.pop()!r}; choose from {', '.join(CASES)}")
+    if arguments.peer and importlib.util.find_spec(arguments.peer) is None:
+        parser.error(f"{arguments.peer} is not installed")
+    if arguments.rounds < 1 or arguments.seconds <= 0:
+        parser.error("--rounds and --seconds must be positive")
+    return arguments
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _platform() -> str:
+    import jax
+
+    return str(jax.default_backend())
+
+
+def _environment(peer: str | None) -> dict[str, Any]:
+    libraries = ["jax", "jaxlib", "flax", "optax", *([peer] if peer else [])]
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
+    }
+
+
+def _cases(
+    arguments: argparse.Namespace, device: str
+) -> Iterator[tuple[dict[str, Any], list[Contestant]]]:
+    """Every case with those who run it."""
+    on_cpu = device == "cpu"
+    dtypes = arguments.dtypes or (["float32"] if on_cpu else ["float32", "bfloat16"])
+    sizes = arguments.batch_sizes or ([32, 256] if on_cpu else [32, 512, 4096])
+    first = {"kind": "train", "batch_size": _BATCH_SIZE, "dtype": "float32"}
+    if "startup" in arguments.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            # The second finds what the first has compiled.
+            fresh = {"XDG_CACHE_HOME": folder, "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
+            yield (
+                first | {"examples": _FEW_EXAMPLES},
+                [
+                    Contestant(f"{_NAME}, nothing cached", _OURS, environment=fresh),
+                    Contestant(f"{_NAME}, cached", _OURS, environment=fresh),
+                ],
+            )
+    for dtype in dtypes:
+        if "train" in arguments.cases:
+            for size in sizes:
+                examples = max(_FEW_EXAMPLES, 100 * size)
+                case = {"kind": "train", "batch_size": size, "dtype": dtype, "examples": examples}
+                product = {"kind": "matmul", "size": 2048 if on_cpu else 8192}
+                yield (
+                    case,
+                    [
+                        *_ours(on_cpu),
+                        *_torch(arguments.peer, on_cpu, training=True),
+                        Contestant("a large matrix product", _OURS, product),
+                    ],
+                )
+        if "infer" in arguments.cases:
+            for size in arguments.inference_batch_sizes:
+                case = {"kind": "infer", "batch_size": size, "dtype": dtype}
+                peers = _torch(arguments.peer, on_cpu, training=False)
+                yield case, [*_ours(on_cpu), *peers]
+        if "epoch" in arguments.cases:
+            case = {"kind": "epoch", "batch_size": _BATCH_SIZE, "dtype": dtype}
+            yield case | {"examples": _EXAMPLES}, _of_epochs(arguments.peer, on_cpu)
+    if "stream" in arguments.cases:
+        yield (
+            {"kind": "stream", "batch_size": _BATCH_SIZE, "examples": _EXAMPLES},
+            [Contestant(f"{_NAME}'s batches from the host, no model", _OURS)],
+        )
+
+
+def _ours(on_cpu: bool) -> list[Contestant]:
+    """Ours; and on a CPU also without the convolutions in C."""
+    without = {"TINYVGG_JAX_NATIVE": "0"}
+    return [
+        Contestant(_NAME, _OURS),
+        *([Contestant(f"{_NAME}, XLA alone", _OURS, environment=without)] if on_cpu else []),
+    ]
+
+
+def _torch(peer: str | None, on_cpu: bool, training: bool) -> list[Contestant]:
+    if peer != "torch":
+        return []
+    ways = ["", "default"]
+    if not on_cpu:
+        ways += ["reduce-overhead", *(["cuda-graph"] if training else [])]
+    return [
+        Contestant(
+            f"PyTorch {way or 'eager'}, {'channels last' if last else 'contiguous'}",
+            _TORCH,
+            {"compile": way, "channels_last": last},
+            is_peer=True,
+        )
+        for way in ways
+        for last in (True, False)
+    ]
+
+
+def _of_epochs(peer: str | None, on_cpu: bool) -> list[Contestant]:
+    """Those who train with everything that the paper's recipe has."""
+    ours = [Contestant(f"{_NAME}, device pipeline", _OURS, {"pipeline": "device"})]
+    ours.append(Contestant(f"{_NAME}, stream pipeline", _OURS, {"pipeline": "stream"}))
+    if on_cpu:
+        without = {"TINYVGG_JAX_NATIVE": "0"}
+        case = {"pipeline": "stream"}
+        ours.append(Contestant(f"{_NAME}, stream, XLA alone", _OURS, case, without))
+    if peer != "torch":
+        return ours
+    usual = {"compile": "", "channels_last": False, "pipeline": "dataloader"}
+    ways = ["", "default"] if on_cpu else ["default", "reduce-overhead", "cuda-graph"]
+    return [
+        *ours,
+        Contestant("PyTorch, DataLoader, eager", _TORCH, usual, is_peer=True),
+        *(
+            Contestant(
+                f"PyTorch, data on the device, {way or 'eager'}",
+                _TORCH,
+                {"compile": way, "channels_last": True},
+                is_peer=True,
+            )
+            for way in ways
+        ),
+    ]
+
+
+def _entry(case: dict[str, Any], results: list[Result]) -> dict[str, Any]:
+    """A case's figures."""
+    entry: dict[str, Any] = {"case": case, "results": [dataclasses.asdict(r) for r in results]}
+    ran = [result for result in results if result.seconds]
+    peers = [result for result in ran if result.is_peer]
+    if peers and ran[0].name.startswith(_NAME):
+        best = min(peers, key=lambda result: result.median)
+        pairs = ratios(ran[0], best)
+        entry["best_peer"] = best.name
+        entry["ratios"] = pairs
+        entry["ratio"] = statistics.median(pairs)
+    product = next((result for result in ran if "matrix product" in result.name), None)
+    if product and ran[0] is not product:
+        size = 2048 if product.facts["platform"] == "cpu" else 8192
+        flops = step_flops(case["batch_size"])
+        entry["matmul_flops_per_second"] = 2 * size**3 / product.median
+        entry["step_flops"] = flops
+        entry["flops_per_second"] = flops / ran[0].median
+        entry["share_of_matmul"] = entry["flops_per_second"] / entry["matmul_flops_per_second"]
+    return entry
+
+
+def step_flops(batch_size: int) -> int:
+    """Floating-point operations of a training step of the default network, counted by hand.
+
+    Multiplications and additions of the convolutions and dense layers on 28x28x1 images; for the
+    gradients twice those of the forward pass, but none with respect to the images.
+    """
+    sides, channels = (28, 28, 14, 14, 7, 7), (1, 64, 64, 128, 128, 256, 256)
+    layers = [2 * side**2 * 9 * channels[i] * channels[i + 1] for i, side in enumerate(sides)]
+    layers += [2 * 2304 * 256, 2 * 256 * 10]
+    return batch_size * (3 * sum(layers) - layers[0])
+
+
+def _table(entry: dict[str, Any], results: list[Result]) -> str:
+    case = entry["case"]
+    batch = case["batch_size"]
+    title = f"{case['kind']}, batch {batch}, {case.get('dtype', 'uint8')}"
+    columns = (
+        f"{'images/s':>12}{'ms a step':>12}{'host MiB':>10}{'device MiB':>12}{'first step':>12}"
+    )
+    lines = [title, f"  {'':<44}{columns}" + ("  ten epochs" if case["kind"] == "epoch" else "")]
+    for result in results:
+        if not result.seconds:
+            lines.append(f"  {result.name:<44} failed: {result.error}")
+            continue
+        host = result.facts["peak_host_bytes"] / 2**20
+        device = result.facts.get("peak_device_bytes")
+        rate = f"{batch / result.median:,.0f}" if "matrix" not in result.name else ""
+        line = f"  {result.name:<44}{rate:>12}{1e3 * result.median:>12.2f}{host:>12,.0f}"
+        line += f"{device / 2**20:>12,.0f}" if device else f"{'':>12}"
+        line += f"{result.first_step_seconds:>10.1f} s"
+        if case["kind"] == "epoch":
+            line += f"{_EPOCHS * (_EXAMPLES // batch) * result.median:>10.1f} s"
+        lines.append(line)
+    if "ratio" in entry:
+        low, high = min(entry["ratios"]), max(entry["ratios"])
+        lines.append(
+            f"  {entry['ratio']:.2f} times as fast as the best peer, {entry['best_peer']} "
+            f"(rounds from {low:.2f} to {high:.2f})"
+        )
+    if "share_of_matmul" in entry:
+        step, rate = entry["step_flops"] / 1e9, entry["flops_per_second"] / 1e9
+        product = entry["matmul_flops_per_second"] / 1e9
+        lines.append(
+            f"  {step:.1f} GFLOP a step, counted by hand: {rate:,.0f} GFLOP/s, "
+            f"{entry['share_of_matmul']:.0%} of the matrix product's {product:,.0f} GFLOP/s"
+        )
+        counted = results[0].facts.get("counted_flops")
+        if counted:
+            lines.append(f"  XLA counts {counted / 1e9:.1f} GFLOP, without what C code computes")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

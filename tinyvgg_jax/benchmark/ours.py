@@ -1,0 +1,164 @@
+"""The contestant tinyvgg_jax: `python -m tinyvgg_jax.benchmark.ours`, led by `contest`."""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tinyvgg_jax.augment import augment
+from tinyvgg_jax.benchmark.worker import Prepared, serve
+from tinyvgg_jax.cache import keep_compiled_programs
+from tinyvgg_jax.data import Split, epoch_order, resident, stream
+from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.optimizer import sgd
+from tinyvgg_jax.pipeline import DevicePipeline, Progress, StreamPipeline
+from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step
+
+IMAGE_SHAPE = (28, 28, 1)
+
+
+def prepare(case: dict[str, Any]) -> Prepared:
+    """Makes a case ready: its `kind` is the name of a function below."""
+    kinds = {"train": train, "epoch": train, "infer": infer, "stream": stream_only}
+    kinds |= {"matmul": matmul}
+    return kinds[case["kind"]](case)
+
+
+def synthetic_split(size: int) -> Split:
+    """Images of noise, and labels: what they show does not change what they cost."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(size, *IMAGE_SHAPE), dtype=np.uint8)
+    return Split(images, rng.integers(10, size=size).astype(np.int32))
+
+
+def train(case: dict[str, Any]) -> Prepared:
+    """Training steps: bare ones for "train", with augmentation and data order for "epoch"."""
+    model, optimizer = TinyVGG(dtype=jnp.dtype(case["dtype"])), sgd(lambda _: 0.01, 0.9)
+    augmentation: Callable[[Array, Array], Array] = lambda _, images: images  # noqa: E731
+    if case["kind"] == "epoch":
+        augmentation = functools.partial(augment, rotation_degrees=10.0, horizontal_flip=True)
+    step = make_train_step(model, optimizer, augmentation)
+    kind = StreamPipeline if case.get("pipeline") == "stream" else DevicePipeline
+    split = synthetic_split(case["examples"])
+    pipeline = kind(
+        lambda state, batch: step(state, batch, jax.random.key(1)),
+        split,
+        case["batch_size"],
+        jax.random.key(2),
+    )
+    init = functools.partial(init_state, model, optimizer, image_shape=IMAGE_SHAPE)
+    calls = endless(pipeline, jax.jit(init)(jax.random.key(0)))
+
+    def run(steps: int) -> float:
+        start, taken = time.perf_counter(), 0
+        while taken < steps:
+            now, number = next(calls)
+            taken += number
+        jax.block_until_ready((now.state, now.done))
+        # A call may have taken more steps than were asked for.
+        return (time.perf_counter() - start) * steps / taken
+
+    run(1)
+    return Prepared(run, lambda: device_facts() | {"counted_flops": counted(step, case)})
+
+
+def endless(
+    pipeline: DevicePipeline | StreamPipeline, state: TrainState
+) -> Iterator[tuple[Progress, int]]:
+    """Epoch after epoch, what the pipeline yields, and how many steps each call took."""
+    sums = Metrics.zero()
+    for epoch in itertools.count():
+        done = 0
+        for now in pipeline.epoch(state, sums, epoch, 0):
+            state, sums = now.state, now.sums
+            yield now, now.step - done
+            done = now.step
+
+
+def counted(step: Any, case: dict[str, Any]) -> float | None:
+    """Floating-point operations of a step as XLA counts them, without what C code computes."""
+    model, optimizer = TinyVGG(dtype=jnp.dtype(case["dtype"])), sgd(lambda _: 0.01, 0.9)
+    init = functools.partial(init_state, model, optimizer, image_shape=IMAGE_SHAPE)
+    state: TrainState = jax.eval_shape(init, jax.random.key(0))
+    batch = resident(synthetic_split(case["batch_size"]))
+    compiled = jax.jit(step).lower(state, batch, jax.random.key(0)).compile()
+    analysis = compiled.cost_analysis()
+    return None if analysis is None else analysis.get("flops")
+
+
+def infer(case: dict[str, Any]) -> Prepared:
+    """Logits of a batch, one call after the other."""
+    model = TinyVGG(dtype=jnp.dtype(case["dtype"]))
+    images = jnp.asarray(synthetic_split(case["batch_size"]).images / np.float32(255))
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    forward = jax.jit(functools.partial(apply, model))
+
+    def run(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            logits = forward(params, images)
+        logits.block_until_ready()
+        return time.perf_counter() - start
+
+    run(1)
+    return Prepared(run, device_facts)
+
+
+def stream_only(case: dict[str, Any]) -> Prepared:
+    """What the host gives in batches, and nobody uses."""
+    split = synthetic_split(case["examples"])
+    order = np.asarray(epoch_order(jax.random.key(0), 0, len(split)))
+    batches = [stream(split, order, case["batch_size"], 0)]
+
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            batch = next(batches[0], None)
+            if batch is None:
+                batches[0] = stream(split, order, case["batch_size"], 0)
+                batch = next(batches[0])
+            batch.images.block_until_ready()
+        return time.perf_counter() - start
+
+    run(1)
+    return Prepared(run, device_facts)
+
+
+def matmul(case: dict[str, Any]) -> Prepared:
+    """Square matrix products: what the device can do at best."""
+    n = case["size"]
+    a = jax.random.normal(jax.random.key(0), (n, n), case["dtype"])
+    multiply = jax.jit(lambda a, b: a @ b)
+
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            product = multiply(a, a)
+        product.block_until_ready()
+        return time.perf_counter() - start
+
+    run(1)
+    return Prepared(run, device_facts)
+
+
+def device_facts() -> dict[str, Any]:
+    """The device, its name, and the most memory that was in use on it."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "peak_device_bytes": stats.get("peak_bytes_in_use"),
+        "version": jax.__version__,
+    }
+
+
+if __name__ == "__main__":
+    keep_compiled_programs()
+    serve(prepare)

@@ -1,0 +1,219 @@
+"""The contestant PyTorch: the same network and step, as its users write them.
+
+`python -m tinyvgg_jax.benchmark.torch_peer`, led by `contest`. A case has, beyond ours:
+`channels_last`, and `compile`: "" (eager), "default", "reduce-overhead" (CUDA graphs of the
+passes) or "cuda-graph" (a graph of the whole step, captured by hand).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tinyvgg_jax.benchmark.worker import Prepared, serve
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare(case: dict[str, Any]) -> Prepared:
+    """Makes a case ready: its `kind` is "train", "epoch" or "infer"."""
+    # As JAX does by default where there are tensor cores.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    return infer(case) if case["kind"] == "infer" else train(case)
+
+
+def tiny_vgg() -> nn.Sequential:
+    """The network of `TinyVGG`'s defaults."""
+    layers: list[nn.Module] = []
+    channels = 1
+    for width in (64, 128, 256):
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    head = [nn.Flatten(), nn.Linear(9 * 256, 256), nn.ReLU(inplace=True), nn.Linear(256, 10)]
+    return nn.Sequential(*layers, *head)
+
+
+def build(case: dict[str, Any]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The module, and the function that computes its logits, compiled if the case says so."""
+    model: nn.Module = tiny_vgg().to(DEVICE)
+    if case["channels_last"]:
+        model = model.to(memory_format=torch.channels_last)
+    forward: Callable[[Tensor], Tensor] = model
+    if case["compile"] in ("default", "reduce-overhead"):
+        forward = torch.compile(model, mode=case["compile"])
+    if case["dtype"] == "float32":
+        return model, forward
+
+    def autocast(images: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, dtype=getattr(torch, case["dtype"])):
+            return forward(images).float()
+
+    return model, autocast
+
+
+def noise(case: dict[str, Any], size: int) -> tuple[Tensor, Tensor]:
+    """uint8 images [N, 1, 28, 28] in the memory format of the case, and labels."""
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(256, size=(size, 1, 28, 28), dtype=np.uint8))
+    return images, torch.from_numpy(rng.integers(10, size=size))
+
+
+def formatted(case: dict[str, Any], images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last) if case["channels_last"] else images
+
+
+def augmented(images: Tensor) -> Tensor:
+    """Rotation by up to 10 degrees, bilinear, and a flip of half of the images [B, 1, H, W]."""
+    size = len(images)
+    angle = (torch.rand(size, device=images.device) * 2 - 1) * (np.pi / 18)
+    mirror = torch.where(torch.rand(size, device=images.device) < 0.5, -1.0, 1.0)
+    zero = torch.zeros_like(angle)
+    first = torch.stack([angle.cos() * mirror, -angle.sin(), zero], 1)
+    second = torch.stack([angle.sin() * mirror, angle.cos(), zero], 1)
+    grid = functional.affine_grid(torch.stack([first, second], 1), list(images.shape), False)
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+class Augmented(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """One image after the other on the host, as most training scripts do."""
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return augmented(self.images[i : i + 1].float() / 255)[0], self.labels[i]
+
+
+def loaded(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a DataLoader without end."""
+    loader = torch.utils.data.DataLoader(
+        Augmented(images, labels),
+        batch_size,
+        shuffle=True,
+        num_workers=2 if DEVICE.type == "cpu" else 8,
+        pin_memory=DEVICE.type == "cuda",
+        persistent_workers=True,
+        drop_last=True,
+    )
+    while True:
+        for batch, of_batch in loader:
+            yield batch.to(DEVICE, non_blocking=True), of_batch.to(DEVICE, non_blocking=True)
+
+
+def resident(
+    images: Tensor, labels: Tensor, batch_size: int, augment: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images that are on the device already, without end."""
+    images, labels = images.to(DEVICE), labels.to(DEVICE)
+    while True:
+        order = torch.randperm(len(labels), device=DEVICE)
+        for start in range(0, len(labels) - batch_size + 1, batch_size):
+            chosen = order[start : start + batch_size]
+            batch = images[chosen].float() / 255
+            yield augmented(batch) if augment else batch, labels[chosen]
+
+
+def train(case: dict[str, Any]) -> Prepared:
+    """Training steps: bare ones for "train", with augmentation and data order for "epoch"."""
+    model, forward = build(case)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
+    images, labels = noise(case, case["examples"])
+    if case.get("pipeline") == "dataloader":
+        batches = loaded(images, labels, case["batch_size"])
+    else:
+        batches = resident(images, labels, case["batch_size"], case["kind"] == "epoch")
+
+    def step(batch: Tensor, of_batch: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=case["compile"] != "cuda-graph")
+        functional.cross_entropy(forward(batch), of_batch).backward()
+        optimizer.step()
+
+    take = captured(case, step, batches) if case["compile"] == "cuda-graph" else step
+
+    def run(steps: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            batch, of_batch = next(batches)
+            take(formatted(case, batch), of_batch)
+        synchronize()
+        return time.perf_counter() - start
+
+    run(1)
+    return Prepared(run, device_facts)
+
+
+def captured(
+    case: dict[str, Any],
+    step: Callable[[Tensor, Tensor], None],
+    batches: Iterator[tuple[Tensor, Tensor]],
+) -> Callable[[Tensor, Tensor], None]:
+    """The step as one CUDA graph over tensors of its own, into which the batch is copied."""
+    batch, of_batch = next(batches)
+    batch, of_batch = formatted(case, batch).clone(), of_batch.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(batch, of_batch)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(batch, of_batch)
+
+    def replay(images: Tensor, labels: Tensor) -> None:
+        batch.copy_(images)
+        of_batch.copy_(labels)
+        graph.replay()
+
+    return replay
+
+
+def infer(case: dict[str, Any]) -> Prepared:
+    """Logits of a batch, one call after the other."""
+    model, forward = build(case)
+    model.eval()
+    images = formatted(case, (noise(case, case["batch_size"])[0].float() / 255).to(DEVICE))
+
+    def run(calls: int) -> float:
+        with torch.inference_mode():
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                forward(images)
+            synchronize()
+            return time.perf_counter() - start
+
+    run(1)
+    return Prepared(run, device_facts)
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_facts() -> dict[str, Any]:
+    """The device, and the most memory that was in use on it."""
+    on_gpu = DEVICE.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "platform": DEVICE.type,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "version": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    serve(prepare)
