@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
     config.momentum = 0.9
     # Of the computation: "float32" or "bfloat16". Parameters and loss stay float32.
     config.dtype = "float32"
+    # Whether to write a trace of some steps to WORKDIR/profile, for XProf or Perfetto.
+    config.profile = False
 
     config.model = ConfigDict()
     config.model.widths = (64, 128, 256)
@@ -42,7 +44,9 @@ def get_config() -> ConfigDict:
     config.data.data_dir = config_dict.placeholder(str)
     # A folder with FashionMNIST's four IDX files, if they are to be had from nowhere else.
     config.data.source_dir = config_dict.placeholder(str)
-    config.data.pipeline = "stream"
+    # "device": the images stay in the device's memory and many steps run in one call; "stream":
+    # batches come from the host; "auto": the first where it fits. The batches are the same.
+    config.data.pipeline = "auto"
     config.data.train_split = "train[:55000]"
     config.data.validation_split = "train[55000:]"
     config.data.test_split = "test"

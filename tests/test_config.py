@@ -49,7 +49,7 @@ def test_configs_survive_json_and_do_not_differ_from_themselves(name: str, tmp_p
         ("model.widths", (8.0,), "tuple of whole numbers"),
         ("augment.rotation_degrees", 181.0, "from 0 to 180"),
         ("augment.horizontal_flip", "yes", "must be of type bool"),
-        ("data.pipeline", "steam", "one of stream"),
+        ("data.pipeline", "steam", "one of auto, device, stream"),
         ("data.data_dir", 3, "must be of type str or None"),
         ("data.nmae", "x", "unknown config field 'data.nmae'; did you mean 'data.name'?"),
     ],

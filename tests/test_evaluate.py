@@ -10,9 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import UserError, restore, train_and_evaluate
+from tinyvgg_jax import evaluate as evaluation
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits
-from tinyvgg_jax.evaluate import build_model, evaluate, evaluate_run, to_float
+from tinyvgg_jax.evaluate import build_model, evaluate, evaluate_run
 from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.step import to_float
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +40,15 @@ def network() -> tuple[TinyVGG, Any, Split]:
     return model, params, Split(images, rng.integers(3, size=53).astype(np.int32))
 
 
+@pytest.mark.parametrize("way", ["_evaluate_streamed", "_evaluate_resident"])
 @pytest.mark.parametrize("batch_size", [1, 10, 53, 100])
 def test_metrics_are_exact_whatever_the_batch_size(
-    network: tuple[TinyVGG, Any, Split], batch_size: int
+    network: tuple[TinyVGG, Any, Split],
+    batch_size: int,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(evaluation, "_evaluate_streamed", getattr(evaluation, way))
     model, params, split = network
     logits = np.asarray(apply(model, params, to_float(jnp.asarray(split.images))), np.float64)
     right = logits.argmax(1) == split.labels

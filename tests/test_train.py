@@ -5,51 +5,26 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import TinyVGG, train
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.augment import augment
 from tinyvgg_jax.checkpoint import Checkpoints
-from tinyvgg_jax.data import Batch, DatasetInfo, Split, stream
+from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.evaluate import abstract_params, evaluate
-from tinyvgg_jax.model import apply
-from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
-from tinyvgg_jax.train import (
-    Metrics,
-    TrainState,
-    init_state,
-    make_train_step,
-    named_key,
-    train_and_evaluate,
-)
+from tinyvgg_jax.pipeline import DevicePipeline, Progress
+from tinyvgg_jax.step import make_train_step
+from tinyvgg_jax.train import train_and_evaluate
 
 SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
-
-
-def no_augmentation(key: jax.Array, images: jax.Array) -> jax.Array:
-    return images
-
-
-def initial(optimizer: optax.GradientTransformation) -> TrainState:
-    init = partial(init_state, SMALL, optimizer, image_shape=(16, 16, 1))
-    return jax.jit(init)(jax.random.key(0))
-
-
-def draw_batch(size: int = 6) -> Batch:
-    images = jax.random.randint(jax.random.key(1), (size, 16, 16, 1), 0, 256).astype(jnp.uint8)
-    return Batch(images, jnp.arange(size) % 5)
 
 
 def content_of(workdir: Path) -> dict[str, Any]:
@@ -75,89 +50,6 @@ def content_of(workdir: Path) -> dict[str, Any]:
         "steps": steps,
         "digests": digests,
     }
-
-
-# The step
-
-
-def test_one_step_is_pinned() -> None:
-    """If you meant to change the model, its initialisation, the loss or the step, update this."""
-    optimizer = sgd(learning_rate_schedule(0.01, 0.9, 10), 0.9)
-    state = initial(optimizer)
-    rotated = partial(augment, rotation_degrees=10.0, horizontal_flip=True)
-    step = jax.jit(make_train_step(SMALL, optimizer, rotated))
-    state, first = step(state, draw_batch(), jax.random.key(2))
-    state, second = step(state, draw_batch(), jax.random.key(2))
-    losses = [float(metrics.loss / metrics.examples) for metrics in (first, second)]
-    assert losses == pytest.approx(PINNED_LOSSES, rel=1e-5)
-    assert int(state.step) == 2
-
-
-PINNED_LOSSES = [1.6623083, 1.6507007]
-
-
-def test_the_step_is_gradient_descent_on_the_mean_cross_entropy() -> None:
-    optimizer = optax.sgd(0.1)
-    state = initial(optimizer)
-    batch = draw_batch()
-
-    def mean_loss(params: Any) -> jax.Array:
-        logits = apply(SMALL, params, batch.images / 255)
-        picked = jax.nn.log_softmax(logits)[jnp.arange(6), batch.labels]
-        return -picked.mean()
-
-    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(state.params)
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
-    step = jax.jit(make_train_step(SMALL, optimizer, no_augmentation))
-    after, metrics = step(state, batch, jax.random.key(0))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.params, expected)
-    assert float(metrics.loss) == pytest.approx(6 * float(loss), rel=1e-6)
-    right = apply(SMALL, state.params, batch.images / 255).argmax(-1) == batch.labels
-    assert (int(metrics.correct), int(metrics.examples)) == (int(right.sum()), 6)
-
-
-def test_the_augmentation_gets_a_key_of_its_own_at_each_step_and_images_in_0_to_1() -> None:
-    seen: list[tuple[bytes, float]] = []
-
-    def spy(key: jax.Array, images: jax.Array) -> jax.Array:
-        seen.append((jax.random.key_data(key).tobytes(), float(images.max())))
-        return images
-
-    optimizer = optax.sgd(0.1)
-    state = initial(optimizer)
-    step = make_train_step(SMALL, optimizer, spy)
-    for _ in range(3):
-        state, _ = step(state, draw_batch(), jax.random.key(0))
-    assert len({key for key, _ in seen}) == 3
-    assert all(0.9 < largest <= 1 for _, largest in seen)
-
-
-def test_metrics_add_and_remember_the_first_divergence() -> None:
-    a = Metrics(jnp.float32(1), jnp.int32(2), jnp.int32(3), jnp.int32(0))
-    b = Metrics(jnp.float32(10), jnp.int32(20), jnp.int32(30), jnp.int32(7))
-    c = b._replace(diverged_at=jnp.int32(8))
-    total = Metrics.zero().plus(a).plus(b).plus(c)
-    assert [float(value) for value in total] == [21, 42, 63, 7]
-
-
-def test_keys_of_different_names_differ() -> None:
-    keys = [named_key(jax.random.key(0), name) for name in ("init", "order", "augment")]
-    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 3
-
-
-def test_nothing_is_compiled_after_the_first_step(
-    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-    end_epoch = train._end_epoch
-
-    def spy(run: Any, position: Any, epoch: int) -> dict[str, Any]:
-        sizes.append(run.update._cache_size())
-        return end_epoch(run, position, epoch)
-
-    monkeypatch.setattr(train, "_end_epoch", spy)
-    train_and_evaluate(config, tmp_path)
-    assert sizes == [1, 1, 1]
 
 
 # A whole run
@@ -252,6 +144,18 @@ def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return content_of(workdir)
 
 
+@pytest.mark.parametrize("pipeline", ["stream", "device"])
+def test_the_pipelines_end_in_the_same_run(
+    config: ConfigDict, tmp_path: Path, uninterrupted: dict[str, Any], pipeline: str
+) -> None:
+    """On a CPU bit for bit, because there a call of either is one step."""
+    config.data.pipeline = pipeline
+    train_and_evaluate(config, tmp_path)
+    content, expected = content_of(tmp_path), dict(uninterrupted)
+    del content["config"], expected["config"]
+    assert content == expected
+
+
 def as_small(config: ConfigDict, data_dir: Path) -> ConfigDict:
     config.num_epochs, config.batch_size, config.learning_rate = 3, 30, 0.05
     config.model.widths, config.model.convs_per_block, config.model.hidden = (4, 8), 1, 8
@@ -261,29 +165,31 @@ def as_small(config: ConfigDict, data_dir: Path) -> ConfigDict:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("batches", [1, 8, 11])
+@pytest.mark.parametrize("steps", [1, 8, 11])
 def test_a_signal_saves_and_the_same_call_goes_on_bit_for_bit(
     config: ConfigDict,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     uninterrupted: dict[str, Any],
     number: signal.Signals,
-    batches: int,
+    steps: int,
 ) -> None:
     seen = 0
     handler = signal.getsignal(number)
 
-    def interrupting(*arguments: Any) -> Iterator[Batch]:
+    epoch = DevicePipeline.epoch
+
+    def interrupting(*arguments: Any) -> Iterator[Progress]:
         nonlocal seen
-        for batch in stream(*arguments):
+        for now in epoch(*arguments):
             seen += 1
-            if seen == batches:
+            if seen == steps:
                 os.kill(os.getpid(), number)
-            yield batch
+            yield now
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "stream", interrupting)
-        with pytest.raises(InterruptedRunError, match=f"interrupted at step {batches}") as caught:
+        patch.setattr(DevicePipeline, "epoch", interrupting)
+        with pytest.raises(InterruptedRunError, match=f"interrupted at step {steps}") as caught:
             train_and_evaluate(config, tmp_path)
     assert caught.value.signal_number == number
     assert signal.getsignal(number) == handler
@@ -302,20 +208,22 @@ KILL = """
 import json, os, signal, sys, time
 from pathlib import Path
 from tinyvgg_jax import checkpoint, train
+from tinyvgg_jax.pipeline import DevicePipeline
 
 config, workdir, where, count = sys.argv[1:]
 seen = 0
+epoch = DevicePipeline.epoch
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def batches(*arguments):
+def steps(*arguments):
     global seen
-    for batch in stream(*arguments):
+    for now in epoch(*arguments):
         seen += 1
         if seen == int(count):
             die()
-        yield batch
+        yield now
 
 class Saving(checkpoint.Checkpoints):
     def save(self, *arguments):
@@ -325,15 +233,15 @@ class Saving(checkpoint.Checkpoints):
         if seen == int(count):
             die()
 
-if where == "batch":
-    stream, train.stream = train.stream, batches
+if where == "step":
+    DevicePipeline.epoch = steps
 else:
     train.Checkpoints = Saving
 train.train_and_evaluate(json.loads(config), workdir)
 """
 
 
-@pytest.mark.parametrize(("where", "count"), [("batch", 12), ("save", 2)])
+@pytest.mark.parametrize(("where", "count"), [("step", 12), ("save", 2)])
 def test_killed_in_a_run_or_a_save_the_same_call_goes_on_bit_for_bit(
     config: ConfigDict, tmp_path: Path, uninterrupted: dict[str, Any], where: str, count: int
 ) -> None:
@@ -365,7 +273,7 @@ def test_a_finished_run_is_not_run_again(
     config.num_epochs = 1
     summary = train_and_evaluate(config, tmp_path)
     monkeypatch.setattr(train, "evaluate", None)
-    monkeypatch.setattr(train, "stream", None)
+    monkeypatch.setattr(DevicePipeline, "epoch", None)
     assert train_and_evaluate(config, tmp_path) == summary
 
 

@@ -12,9 +12,11 @@ from ml_collections import ConfigDict
 from tinyvgg_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
-PIPELINES = ("stream",)
+PIPELINES = ("auto", "device", "stream")
 # Where the data lies is not part of what a run computes.
-_LOCATIONS = ("data.data_dir", "data.source_dir")
+_NOT_COMPARED = ("profile", "data.data_dir", "data.source_dir")
+# What was true of configs before these fields came.
+_ONCE: dict[str, Any] = {"profile": False}
 
 # Every field and its type.
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -25,6 +27,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "learning_rate_decay": float,
     "momentum": float,
     "dtype": str,
+    "profile": bool,
     "model.widths": tuple,
     "model.convs_per_block": int,
     "model.hidden": int,
@@ -52,7 +55,7 @@ def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     Raises:
         UserError: naming the first field that is missing, unknown or wrong.
     """
-    given = dict(_flatten(config))
+    given = _ONCE | dict(_flatten(config))
     for name in given:
         if name not in FIELDS:
             raise UserError(f"unknown config field {name!r}{suggestion(name, FIELDS)}")
@@ -102,7 +105,7 @@ def from_file(path: Path) -> ConfigDict:
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
     """One text for each field that differs and matters to the result, like `seed: 1, not 0`."""
     a, b = dict(_flatten(ours)), dict(_flatten(theirs))
-    names = [name for name in FIELDS if name not in _LOCATIONS and a[name] != b[name]]
+    names = [name for name in FIELDS if name not in _NOT_COMPARED and a[name] != b[name]]
     return [f"{name}: {a[name]!r}, not {b[name]!r}" for name in names]
 
 

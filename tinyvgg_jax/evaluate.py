@@ -16,12 +16,21 @@ from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.checkpoint import Checkpoints, Restored
-from tinyvgg_jax.data import Batch, DatasetInfo, Split, load_splits, padded_batches
+from tinyvgg_jax.data import (
+    Batch,
+    DatasetInfo,
+    Split,
+    fits_on_device,
+    load_splits,
+    padded_batches,
+    resident,
+)
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.step import to_float
 
-# Large enough to keep a device busy, small enough for a laptop's memory.
-BATCH_SIZE = 500
+# On an accelerator, and on a CPU: enough to keep it busy, and little for its memory.
+_BATCH_SIZES = (2000, 500)
 SPLITS = ("train", "validation", "test")
 # Batches that may be under way at a time, so that their images do not fill the memory.
 _RUN_AHEAD = 4
@@ -60,40 +69,68 @@ class Evaluation:
         return self.loss / self.count
 
 
-def to_float(images: Array) -> Array:
-    """Scales uint8 images to float32 in [0, 1], the input of the model."""
-    return images.astype(jnp.float32) / 255
-
-
-def evaluate(model: TinyVGG, params: Any, split: Split, batch_size: int = BATCH_SIZE) -> Evaluation:
+def evaluate(
+    model: TinyVGG, params: Any, split: Split, batch_size: int | None = None
+) -> Evaluation:
     """Evaluates parameters on all examples of a split.
 
     Args:
         model: the network.
         params: its parameters.
         split: N examples.
-        batch_size: examples at a time; the result does not depend on it, but for the rounding
-            of the loss.
+        batch_size: examples at a time, by default what suits the device; the result does not
+            depend on it, but for the rounding of the loss.
 
     Returns:
         The sums.
     """
+    on_cpu = jax.default_backend() == "cpu"
+    size = min(batch_size or _BATCH_SIZES[on_cpu], len(split))
+    # On a CPU, batch by batch: nothing is gained by one long call, which could not be stopped.
+    run = _evaluate_streamed if on_cpu or not fits_on_device(split) else _evaluate_resident
+    losses, correct, counts = run(model, params, split, size)
+    return Evaluation(
+        float(np.sum(losses, dtype=np.float64)), np.sum(correct, axis=0), np.sum(counts, axis=0)
+    )
+
+
+Sums = tuple[Any, Any, Any]  # losses [n], correct and counts of the classes [n, num_classes]
+
+
+def _evaluate_streamed(model: TinyVGG, params: Any, split: Split, batch_size: int) -> Sums:
     sums: list[Any] = []
-    for batch, count in padded_batches(split, min(batch_size, len(split))):
-        sums.append(_evaluate_batch(model, params, batch, count))
+    for batch, count in padded_batches(split, batch_size):
+        sums.append(_evaluate_batch(model, params, batch, np.arange(batch_size) < count))
         if len(sums) > _RUN_AHEAD:
             jax.block_until_ready(sums[-_RUN_AHEAD])
     losses, correct, counts = zip(*jax.device_get(sums), strict=True)
-    return Evaluation(float(np.sum(losses, dtype=np.float64)), sum(correct), sum(counts))
+    return losses, correct, counts
+
+
+def _evaluate_resident(model: TinyVGG, params: Any, split: Split, batch_size: int) -> Sums:
+    sums: Sums = jax.device_get(_evaluate_all(model, params, resident(split), batch_size))
+    return sums
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _evaluate_all(model: TinyVGG, params: Any, data: Batch, batch_size: int) -> Sums:
+    """All batches in one call."""
+    last = len(data.labels) - 1
+
+    def body(_: None, start: Array) -> tuple[None, Sums]:
+        index = start + jnp.arange(batch_size)
+        chosen = jnp.minimum(index, last)
+        batch = Batch(data.images[chosen], data.labels[chosen])
+        return None, _evaluate_batch(model, params, batch, index <= last)
+
+    return jax.lax.scan(body, None, jnp.arange(0, last + 1, batch_size))[1]
 
 
 @partial(jax.jit, static_argnums=0)
-def _evaluate_batch(
-    model: TinyVGG, params: Any, batch: Batch, count: int
-) -> tuple[Array, Array, Array]:
+def _evaluate_batch(model: TinyVGG, params: Any, batch: Batch, real: Array) -> Sums:
+    """The sums over the examples of a batch that are real, not padding."""
     logits = apply(model, params, to_float(batch.images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    real = jnp.arange(len(batch.labels)) < count
     right = real & (logits.argmax(axis=-1) == batch.labels)
     of_class = jax.nn.one_hot(batch.labels, model.num_classes, dtype=jnp.int32)
     return (

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import reporting
+from tinyvgg_jax.cache import keep_compiled_programs
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 
 MODES = ("train", "eval", "prepare")
@@ -145,6 +146,7 @@ def _train() -> None:
     config, workdir = _config(), _workdir()
     from tinyvgg_jax.train import train_and_evaluate
 
+    keep_compiled_programs()
     summary = train_and_evaluate(config, workdir)
     print(reporting.summary_table(summary, workdir))
 
@@ -157,6 +159,7 @@ def _evaluate() -> None:
         raise UserError(f"--step must be a number, latest or best, not {step!r}.")
     from tinyvgg_jax.evaluate import evaluate_run
 
+    keep_compiled_programs()
     # With a config, eval looks for the data where that says; all else is the run's own.
     data = {} if _CONFIG.value is None else _CONFIG.value.data
     content = evaluate_run(

@@ -11,11 +11,10 @@ import math
 import signal
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,123 +26,24 @@ from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import reporting
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.checkpoint import Checkpoints
-from tinyvgg_jax.data import Batch, DatasetInfo, Split, epoch_order, load_splits, stream
+from tinyvgg_jax.data import DatasetInfo, Split, fits_on_device, load_splits
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
-from tinyvgg_jax.evaluate import SPLITS, build_model, evaluate, to_float
-from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.evaluate import SPLITS, build_model, evaluate
+from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
+from tinyvgg_jax.pipeline import DevicePipeline, StreamPipeline
+from tinyvgg_jax.profiling import Profile
+from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step, named_key
 
 logger = logging.getLogger(__name__)
 
-# Steps that may be under way at a time: enough that the device never waits, few enough that
+# Calls that may be under way at a time: enough that the device never waits, few enough that
 # Ctrl-C is heard at once.
 _RUN_AHEAD = 4
 _SUMMARY_KEYS = {"dataset", "step", "parameters", "seconds", "device", "versions"} | {
     f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")
 }
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
-
-
-class TrainState(NamedTuple):
-    """All that a step changes.
-
-    Attributes:
-        step: int32 scalar, optimizer steps taken.
-        params: tree of float32 arrays.
-        opt_state: Optax's state.
-    """
-
-    step: Array
-    params: Any
-    opt_state: Any
-
-
-class Metrics(NamedTuple):
-    """Sums over the examples of some steps, as scalars.
-
-    Attributes:
-        loss: float32, of the cross-entropies in nats.
-        correct: int32, of the correct predictions.
-        examples: int32, their number.
-        diverged_at: int32, the first step with a loss that is not finite, counted from 1; or 0.
-    """
-
-    loss: Array
-    correct: Array
-    examples: Array
-    diverged_at: Array
-
-    @classmethod
-    def zero(cls) -> "Metrics":
-        return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
-
-    def plus(self, other: "Metrics") -> "Metrics":
-        """The sums over both, `self` being the earlier."""
-        diverged_at = jnp.where(self.diverged_at > 0, self.diverged_at, other.diverged_at)
-        return Metrics(
-            self.loss + other.loss,
-            self.correct + other.correct,
-            self.examples + other.examples,
-            diverged_at,
-        )
-
-
-TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
-Augmentation = Callable[[Array, Array], Array]
-
-
-def named_key(key: Array, name: str) -> Array:
-    """The key for one purpose: `key` with a hash of the purpose's name folded in."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-def make_train_step(
-    model: TinyVGG, optimizer: optax.GradientTransformation, augmentation: Augmentation
-) -> TrainStep:
-    """Makes the pure function that takes one optimizer step.
-
-    Args:
-        model: the network.
-        optimizer: updates its parameters.
-        augmentation: `(key, images [B, H, W, C] float) -> images`.
-
-    Returns:
-        `(state, batch, key) -> (state, metrics)`, to be jitted. The augmentation's key is
-        `key` with the step's number folded in.
-    """
-
-    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        images = augmentation(jax.random.fold_in(key, state.step), to_float(batch.images))
-
-        def mean_loss(params: Any) -> tuple[Array, Array]:
-            logits = apply(model, params, images)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-            return losses.mean(), logits
-
-        (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
-        metrics = Metrics(
-            loss=loss * len(batch.labels),
-            correct=(logits.argmax(axis=-1) == batch.labels).sum(dtype=jnp.int32),
-            examples=jnp.int32(len(batch.labels)),
-            diverged_at=jnp.where(jnp.isfinite(loss), 0, step),
-        )
-        return TrainState(step, params, opt_state), metrics
-
-    return train_step
-
-
-def init_state(
-    model: TinyVGG,
-    optimizer: optax.GradientTransformation,
-    key: Array,
-    image_shape: tuple[int, int, int],
-) -> TrainState:
-    """The state before the first step; pure, so that it also works under `jax.eval_shape`."""
-    params = model.init(key, jnp.zeros((1, *image_shape)))["params"]
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,20 +64,23 @@ class _Run:
         return len(self.splits["train"]) // self.config.batch_size
 
     @functools.cached_property
-    def update(self) -> Callable[..., tuple[TrainState, Metrics, Array]]:
-        """The compiled step: adds to running sums, returns something to wait for."""
+    def pipeline(self) -> StreamPipeline | DevicePipeline:
         settings = self.config.augment.to_dict()
         step = make_train_step(self.model, self.optimizer, functools.partial(augment, **settings))
         key = named_key(self.key, "augment")
+        kind = DevicePipeline if self.on_device else StreamPipeline
+        return kind(
+            lambda state, batch: step(state, batch, key),
+            self.splits["train"],
+            self.config.batch_size,
+            named_key(self.key, "order"),
+        )
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def update(
-            state: TrainState, sums: Metrics, batch: Batch
-        ) -> tuple[TrainState, Metrics, Array]:
-            state, metrics = step(state, batch, key)
-            return state, sums.plus(metrics), metrics.loss
-
-        return update
+    @functools.cached_property
+    def on_device(self) -> bool:
+        """Whether the data stays in the device's memory."""
+        wanted = self.config.data.pipeline
+        return wanted == "device" or (wanted == "auto" and fits_on_device(self.splits["train"]))
 
 
 @dataclasses.dataclass
@@ -364,30 +267,28 @@ def _train(run: _Run, position: _Position, checkpoints: Checkpoints) -> None:
 
 def _train_epoch(run: _Run, position: _Position, epoch: int, received: list[int]) -> None:
     """Takes the epoch's remaining steps; fewer if a signal is received."""
-    batch_size = run.config.batch_size
     first_step = int(position.state.step) - epoch * run.steps_per_epoch
-    order = epoch_order(named_key(run.key, "order"), epoch, len(run.splits["train"]))
-    batches = stream(run.splits["train"], order, batch_size, first_step)
     progress = reporting.Progress(
-        epoch + 1, run.config.num_epochs, first_step, run.steps_per_epoch, batch_size
+        epoch + 1, run.config.num_epochs, first_step, run.steps_per_epoch, run.config.batch_size
     )
-    state, sums = position.state, position.sums
+    profile = Profile(run.workdir / "profile" if run.config.profile else None)
     under_way: deque[Array] = deque()
     start = time.perf_counter()
-    with contextlib.closing(progress):
-        for step, batch in enumerate(batches, start=first_step + 1):
-            state, sums, loss = run.update(state, sums, batch)
-            under_way.append(loss)
+    with contextlib.closing(progress), contextlib.closing(profile):
+        for now in run.pipeline.epoch(position.state, position.sums, epoch, first_step):
+            position.state, position.sums = now.state, now.sums
+            under_way.append(now.done)
             if len(under_way) > _RUN_AHEAD:
                 under_way.popleft().block_until_ready()
             if progress.is_due():
-                so_far = _checked(sums, run)
+                so_far = _checked(now.sums, run)
                 examples = int(so_far.examples)
-                progress.show(step, float(so_far.loss) / examples, int(so_far.correct) / examples)
+                loss, accuracy = float(so_far.loss) / examples, int(so_far.correct) / examples
+                progress.show(now.step, loss, accuracy)
+            profile.after_call(now.done)
             if received:
                 break
-        _checked(sums, run)
-    position.state, position.sums = state, sums
+        _checked(position.sums, run)
     position.seconds += time.perf_counter() - start
 
 

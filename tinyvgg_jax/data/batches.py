@@ -1,7 +1,8 @@
-"""Batches as pure functions of (key, epoch, step), streamed from the host ahead of their use."""
+"""Batches as pure functions of (key, epoch, step), and how they come to the device."""
 
 import collections
 import itertools
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from tinyvgg_jax.data.splits import Split
 
 # Batches under way to the device while it works on an earlier one.
 _PREFETCH = 2
+# Of the device's free memory, what the images may take.
+_SHARE_OF_MEMORY = 0.25
 
 
 class Batch(NamedTuple):
@@ -27,7 +30,7 @@ class Batch(NamedTuple):
     labels: Array
 
 
-def epoch_order(key: Array, epoch: int, num_examples: int) -> np.ndarray:
+def epoch_order(key: Array, epoch: int | Array, num_examples: int) -> Array:
     """The order in which an epoch visits the examples: a permutation, the same on any device.
 
     Args:
@@ -38,7 +41,7 @@ def epoch_order(key: Array, epoch: int, num_examples: int) -> np.ndarray:
     Returns:
         `[N]` int, a permutation of 0 to N - 1.
     """
-    return np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))
+    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
 
 
 def stream(split: Split, order: np.ndarray, batch_size: int, first_step: int) -> Iterator[Batch]:
@@ -80,3 +83,18 @@ def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Batch, int]]
             images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
             labels = np.pad(labels, (0, missing))
         yield Batch(*jax.device_put((images, labels))), batch_size - missing
+
+
+def resident(split: Split) -> Batch:
+    """All examples of a split on the device: `[N, H, W, C]` uint8 and `[N]` int32."""
+    return Batch(*jax.device_put((np.asarray(split.images), np.asarray(split.labels))))
+
+
+def fits_on_device(split: Split) -> bool:
+    """Whether a split's images take little of the memory that the device has free."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return split.images.nbytes <= _SHARE_OF_MEMORY * free

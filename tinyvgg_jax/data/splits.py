@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvgg_jax.cache import cache_dir
 from tinyvgg_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -245,9 +246,3 @@ def _store(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def cache_dir() -> Path:
-    """The user's cache folder for this package (`$XDG_CACHE_HOME`, or `~/.cache`)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "tinyvgg_jax"

@@ -1,0 +1,96 @@
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tinyvgg_jax import TinyVGG
+from tinyvgg_jax.augment import augment
+from tinyvgg_jax.data import Batch
+from tinyvgg_jax.model import apply
+from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
+from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step, named_key
+
+SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
+
+
+def no_augmentation(key: jax.Array, images: jax.Array) -> jax.Array:
+    return images
+
+
+def initial(optimizer: optax.GradientTransformation) -> TrainState:
+    init = partial(init_state, SMALL, optimizer, image_shape=(16, 16, 1))
+    return jax.jit(init)(jax.random.key(0))
+
+
+def draw_batch(size: int = 6) -> Batch:
+    images = jax.random.randint(jax.random.key(1), (size, 16, 16, 1), 0, 256).astype(jnp.uint8)
+    return Batch(images, jnp.arange(size) % 5)
+
+
+def test_one_step_is_pinned() -> None:
+    """If you meant to change the model, its initialisation, the loss or the step, update this."""
+    optimizer = sgd(learning_rate_schedule(0.01, 0.9, 10), 0.9)
+    state = initial(optimizer)
+    rotated = partial(augment, rotation_degrees=10.0, horizontal_flip=True)
+    step = jax.jit(make_train_step(SMALL, optimizer, rotated))
+    state, first = step(state, draw_batch(), jax.random.key(2))
+    state, second = step(state, draw_batch(), jax.random.key(2))
+    losses = [float(metrics.loss / metrics.examples) for metrics in (first, second)]
+    assert losses == pytest.approx(PINNED_LOSSES, rel=1e-5)
+    assert int(state.step) == 2
+
+
+PINNED_LOSSES = [1.6623083, 1.6507007]
+
+
+def test_the_step_is_gradient_descent_on_the_mean_cross_entropy() -> None:
+    optimizer = optax.sgd(0.1)
+    state = initial(optimizer)
+    batch = draw_batch()
+
+    def mean_loss(params: Any) -> jax.Array:
+        logits = apply(SMALL, params, batch.images / 255)
+        picked = jax.nn.log_softmax(logits)[jnp.arange(6), batch.labels]
+        return -picked.mean()
+
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+    step = jax.jit(make_train_step(SMALL, optimizer, no_augmentation))
+    after, metrics = step(state, batch, jax.random.key(0))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.params, expected)
+    assert float(metrics.loss) == pytest.approx(6 * float(loss), rel=1e-6)
+    right = apply(SMALL, state.params, batch.images / 255).argmax(-1) == batch.labels
+    assert (int(metrics.correct), int(metrics.examples)) == (int(right.sum()), 6)
+
+
+def test_the_augmentation_gets_a_key_of_its_own_at_each_step_and_images_in_0_to_1() -> None:
+    seen: list[tuple[bytes, float]] = []
+
+    def spy(key: jax.Array, images: jax.Array) -> jax.Array:
+        seen.append((jax.random.key_data(key).tobytes(), float(images.max())))
+        return images
+
+    optimizer = optax.sgd(0.1)
+    state = initial(optimizer)
+    step = make_train_step(SMALL, optimizer, spy)
+    for _ in range(3):
+        state, _ = step(state, draw_batch(), jax.random.key(0))
+    assert len({key for key, _ in seen}) == 3
+    assert all(0.9 < largest <= 1 for _, largest in seen)
+
+
+def test_metrics_add_and_remember_the_first_divergence() -> None:
+    a = Metrics(jnp.float32(1), jnp.int32(2), jnp.int32(3), jnp.int32(0))
+    b = Metrics(jnp.float32(10), jnp.int32(20), jnp.int32(30), jnp.int32(7))
+    c = b._replace(diverged_at=jnp.int32(8))
+    total = Metrics.zero().plus(a).plus(b).plus(c)
+    assert [float(value) for value in total] == [21, 42, 63, 7]
+
+
+def test_keys_of_different_names_differ() -> None:
+    keys = [named_key(jax.random.key(0), name) for name in ("init", "order", "augment")]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 3

@@ -1,0 +1,127 @@
+"""How the steps of an epoch are run: on batches from the host, or many in one call on the device.
+
+Both take the same batches in the same order, and yield after every call what the loop may look
+at. Only the device knows the figures until somebody fetches them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from tinyvgg_jax.data import Batch, Split, epoch_order, resident, stream
+from tinyvgg_jax.step import Metrics, TrainState
+
+# Steps in one call where calls cost more than steps: about a tenth of a second's on a GPU.
+_STEPS_PER_CALL = 100
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class Progress(NamedTuple):
+    """What a pipeline yields after every call.
+
+    Attributes:
+        state: after the steps so far; given up to the next call.
+        sums: over the epoch so far; given up to the next call.
+        done: on the device, there when the call has ended; may be kept.
+        step: steps of the epoch so far.
+    """
+
+    state: TrainState
+    sums: Metrics
+    done: Array
+    step: int
+
+
+class StreamPipeline:
+    """Batches come from the host, one call a step, transferred while the device works."""
+
+    def __init__(self, step: Step, split: Split, batch_size: int, order_key: Array):
+        """Args: the pure step, the examples, B, and the key of the data order."""
+        self._split, self._batch_size, self._order_key = split, batch_size, order_key
+
+        @partial(jax.jit, donate_argnums=(0, 1))
+        def update(
+            state: TrainState, sums: Metrics, batch: Batch
+        ) -> tuple[TrainState, Metrics, Array]:
+            state, metrics = step(state, batch)
+            return state, sums.plus(metrics), metrics.loss
+
+        self._update = update
+
+    def epoch(
+        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
+    ) -> Iterator[Progress]:
+        """Takes the epoch's steps from `first_step` on, both counted from 0."""
+        order = np.asarray(epoch_order(self._order_key, epoch, len(self._split)))
+        batches = stream(self._split, order, self._batch_size, first_step)
+        for number, batch in enumerate(batches, start=first_step + 1):
+            state, sums, done = self._update(state, sums, batch)
+            yield Progress(state, sums, done, number)
+
+
+class DevicePipeline:
+    """The images stay on the device, and many steps run in one call."""
+
+    def __init__(
+        self,
+        step: Step,
+        split: Split,
+        batch_size: int,
+        order_key: Array,
+        steps_per_call: int | None = None,
+    ):
+        """Args: as for `StreamPipeline`; and steps in a call, by default what suits the device."""
+        self._data = resident(split)
+        self._order_key, self._size = order_key, len(split)
+        self._steps = steps = len(split) // batch_size
+        if steps_per_call is None:
+            # A step takes a CPU long, and its loops are not compiled as well.
+            steps_per_call = 1 if jax.default_backend() == "cpu" else _STEPS_PER_CALL
+        # Calls of one length, so that there is one program.
+        self._length = length = math.ceil(steps / math.ceil(steps / steps_per_call))
+
+        def one_step(
+            state: TrainState, sums: Metrics, data: Batch, order: Array, end: Array
+        ) -> tuple[TrainState, Metrics]:
+            first = (state.step - (end - steps)) * batch_size
+            chosen = lax.dynamic_slice_in_dim(order, first, batch_size)
+            state, metrics = step(state, Batch(data.images[chosen], data.labels[chosen]))
+            return state, sums.plus(metrics)
+
+        @partial(jax.jit, donate_argnums=(0, 1))
+        def update(
+            state: TrainState, sums: Metrics, data: Batch, order: Array, end: Array
+        ) -> tuple[TrainState, Metrics, Array]:
+            def body(
+                carry: tuple[TrainState, Metrics], _: None
+            ) -> tuple[tuple[TrainState, Metrics], None]:
+                new = one_step(*carry, data, order, end)
+                # The last call may have steps too many: they change nothing.
+                wanted = carry[0].step < end
+                return jax.tree.map(lambda n, o: jnp.where(wanted, n, o), new, carry), None
+
+            if length == 1:
+                state, sums = one_step(state, sums, data, order, end)
+            else:
+                (state, sums), _ = lax.scan(body, (state, sums), length=length)
+            return state, sums, sums.examples
+
+        self._update = update
+        self._order = jax.jit(lambda key, epoch: epoch_order(key, epoch, self._size))
+
+    def epoch(
+        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
+    ) -> Iterator[Progress]:
+        """Takes the epoch's steps from `first_step` on, both counted from 0."""
+        order = self._order(self._order_key, jax.device_put(np.int32(epoch)))
+        end = jax.device_put(np.int32((epoch + 1) * self._steps))
+        for step in range(first_step, self._steps, self._length):
+            state, sums, done = self._update(state, sums, self._data, order, end)
+            yield Progress(state, sums, done, min(step + self._length, self._steps))
