@@ -2,8 +2,8 @@
 
     python -m tinyvgg_jax.main --config configs/quick.py
 
-On two cores of an AMD EPYC: 110 s of training, compilation included. Train 90.9 %, validation
-90.8 %, test 89.4 % (one seed).
+On two cores of an AMD EPYC: 63 s of training, compilation included. Train 91.2 %, validation
+91.0 %, test 89.8 % (five seeds, standard deviations 0.3, 0.4 and 0.3).
 """
 
 from ml_collections import ConfigDict

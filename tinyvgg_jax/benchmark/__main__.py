@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         entry = _entry(case, results)
         report["cases"].append(entry)
         print("\n" + _table(entry, results), flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
@@ -70,7 +69,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn, about")
     parser.add_argument("--peer", choices=["torch"], help="who else takes part")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmark.json"), help="a file for the figures"
+    )
     arguments = parser.parse_args(argv)
     unknown = set(arguments.cases) - set(CASES)
     if unknown:
