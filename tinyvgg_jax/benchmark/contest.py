@@ -90,6 +90,7 @@ class _Process:
         if not line:
             self._log.seek(0)
             lines = self._log.read().strip().splitlines() or ["it ended without a word"]
+            self.close()
             raise _WorkerError(lines[-1][:300])
         answer: dict[str, Any] = json.loads(line)
         return answer
