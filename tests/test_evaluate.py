@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from tinyvgg_jax import UserError, restore, train_and_evaluate
 from tinyvgg_jax import evaluate as evaluation
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits
-from tinyvgg_jax.evaluate import build_model, evaluate, evaluate_run
+from tinyvgg_jax.evaluate import evaluate, evaluate_run
 from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.runs import build_model
 from tinyvgg_jax.step import to_float
 
 

@@ -19,8 +19,9 @@ from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.checkpoint import Checkpoints
 from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
-from tinyvgg_jax.evaluate import abstract_params, evaluate
+from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.pipeline import DevicePipeline, Progress
+from tinyvgg_jax.runs import abstract_params
 from tinyvgg_jax.step import make_train_step
 from tinyvgg_jax.train import train_and_evaluate
 

@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from tinyvgg_jax.errors import DivergedError as DivergedError
     from tinyvgg_jax.errors import InterruptedRunError as InterruptedRunError
     from tinyvgg_jax.errors import UserError as UserError
-    from tinyvgg_jax.evaluate import restore as restore
     from tinyvgg_jax.model import TinyVGG as TinyVGG
+    from tinyvgg_jax.predict import Predictions as Predictions
+    from tinyvgg_jax.predict import Predictor as Predictor
+    from tinyvgg_jax.predict import load_predictor as load_predictor
+    from tinyvgg_jax.runs import restore as restore
     from tinyvgg_jax.train import train_and_evaluate as train_and_evaluate
 
 __version__ = "0.1.0"
@@ -21,14 +24,20 @@ _HOME = {
     "DivergedError": "tinyvgg_jax.errors",
     "InterruptedRunError": "tinyvgg_jax.errors",
     "UserError": "tinyvgg_jax.errors",
-    "restore": "tinyvgg_jax.evaluate",
+    "Predictions": "tinyvgg_jax.predict",
+    "Predictor": "tinyvgg_jax.predict",
+    "load_predictor": "tinyvgg_jax.predict",
+    "restore": "tinyvgg_jax.runs",
     "train_and_evaluate": "tinyvgg_jax.train",
 }
 __all__ = [
     "DivergedError",
     "InterruptedRunError",
+    "Predictions",
+    "Predictor",
     "TinyVGG",
     "UserError",
+    "load_predictor",
     "restore",
     "train_and_evaluate",
 ]

@@ -1,8 +1,7 @@
-"""Exact metrics of parameters on a split, and restoring them from a run's folder."""
+"""Exact metrics of parameters on a split."""
 
 import dataclasses
 import json
-import operator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.checkpoint import Checkpoints, Restored
 from tinyvgg_jax.data import (
     Batch,
     DatasetInfo,
@@ -26,7 +23,9 @@ from tinyvgg_jax.data import (
     resident,
 )
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.metrics import calibration, confusion_matrix, precision_recall_f1
 from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.runs import restore_checkpoint, run_config, run_info
 from tinyvgg_jax.step import to_float
 
 # On an accelerator, and on a CPU: enough to keep it busy, and little for its memory.
@@ -38,17 +37,19 @@ _RUN_AHEAD = 4
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Sums over a split, every example counted once.
+    """What parameters make of a split, every example counted once.
 
     Attributes:
         loss: sum of the cross-entropies, in nats.
         correct_per_class: `[num_classes]` int, of the examples of each class.
         count_per_class: `[num_classes]` int.
+        logits: `[N, num_classes]` float32, in the order of the split.
     """
 
     loss: float
     correct_per_class: np.ndarray
     count_per_class: np.ndarray
+    logits: np.ndarray
 
     @property
     def correct(self) -> int:
@@ -67,6 +68,17 @@ class Evaluation:
     def mean_loss(self) -> float:
         """In nats."""
         return self.loss / self.count
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """`[N]` int, the class of the highest logit of each example."""
+        return self.logits.argmax(axis=1)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """`[N, num_classes]` float64, each row summing to 1."""
+        powers = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
 
 
 def evaluate(
@@ -88,13 +100,18 @@ def evaluate(
     size = min(batch_size or _BATCH_SIZES[on_cpu], len(split))
     # On a CPU, batch by batch: nothing is gained by one long call, which could not be stopped.
     run = _evaluate_streamed if on_cpu or not fits_on_device(split) else _evaluate_resident
-    losses, correct, counts = run(model, params, split, size)
+    losses, correct, counts, logits = run(model, params, split, size)
     return Evaluation(
-        float(np.sum(losses, dtype=np.float64)), np.sum(correct, axis=0), np.sum(counts, axis=0)
+        float(np.sum(losses, dtype=np.float64)),
+        np.sum(correct, axis=0),
+        np.sum(counts, axis=0),
+        np.concatenate(logits)[: len(split)],
     )
 
 
-Sums = tuple[Any, Any, Any]  # losses [n], correct and counts of the classes [n, num_classes]
+# Of n batches: losses [n], correct and counts of the classes [n, num_classes], logits
+# [n, batch_size, num_classes].
+Sums = tuple[Any, Any, Any, Any]
 
 
 def _evaluate_streamed(model: TinyVGG, params: Any, split: Split, batch_size: int) -> Sums:
@@ -103,8 +120,8 @@ def _evaluate_streamed(model: TinyVGG, params: Any, split: Split, batch_size: in
         sums.append(_evaluate_batch(model, params, batch, np.arange(batch_size) < count))
         if len(sums) > _RUN_AHEAD:
             jax.block_until_ready(sums[-_RUN_AHEAD])
-    losses, correct, counts = zip(*jax.device_get(sums), strict=True)
-    return losses, correct, counts
+    losses, correct, counts, logits = zip(*jax.device_get(sums), strict=True)
+    return losses, correct, counts, logits
 
 
 def _evaluate_resident(model: TinyVGG, params: Any, split: Split, batch_size: int) -> Sums:
@@ -128,7 +145,7 @@ def _evaluate_all(model: TinyVGG, params: Any, data: Batch, batch_size: int) -> 
 
 @partial(jax.jit, static_argnums=0)
 def _evaluate_batch(model: TinyVGG, params: Any, batch: Batch, real: Array) -> Sums:
-    """The sums over the examples of a batch that are real, not padding."""
+    """The sums over the examples of a batch that are real, not padding; and all logits."""
     logits = apply(model, params, to_float(batch.images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     right = real & (logits.argmax(axis=-1) == batch.labels)
@@ -137,81 +154,60 @@ def _evaluate_batch(model: TinyVGG, params: Any, batch: Batch, real: Array) -> S
         jnp.where(real, losses, 0).sum(),
         (of_class * right[:, None]).sum(axis=0),
         (of_class * real[:, None]).sum(axis=0),
+        logits,
     )
 
 
-def build_model(config: ConfigDict, info: DatasetInfo) -> TinyVGG:
-    """The network that a config describes, for a dataset.
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A checkpoint of a run and what it makes of a split.
 
-    Raises:
-        UserError: if the images are too small for its blocks.
+    Attributes:
+        workdir: the run's folder.
+        split: the split's name.
+        step: optimizer steps of the checkpoint.
+        data: the split's examples.
+        info: of the dataset.
+        parameters: number of the network's parameters.
+        result: the metrics.
     """
-    smallest = 2 ** len(config.model.widths)
-    if min(info.image_shape[:2]) < smallest:
-        raise UserError(
-            f"config.model.widths has {len(config.model.widths)} blocks, which need images of at "
-            f"least {smallest}x{smallest} pixels; {config.data.name} has "
-            f"{info.image_shape[0]}x{info.image_shape[1]}."
-        )
-    return TinyVGG(
-        widths=tuple(config.model.widths),
-        convs_per_block=config.model.convs_per_block,
-        hidden=config.model.hidden,
-        num_classes=len(info.class_names),
-        dtype=jnp.dtype(config.dtype),
-    )
+
+    workdir: Path
+    split: str
+    step: int
+    data: Split
+    info: DatasetInfo
+    parameters: int
+    result: Evaluation
 
 
-def abstract_params(model: TinyVGG, image_shape: tuple[int, int, int]) -> Any:
-    """Shapes and dtypes of the model's parameters, without computing any."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-
-
-def restore(workdir: str | Path, step: int | str = "best") -> tuple[TinyVGG, Any]:
-    """Restores a trained network from a run's folder; needs no dataset.
-
-    Args:
-        workdir: the folder that `train_and_evaluate` wrote.
-        step: a number of optimizer steps that has a checkpoint, "best" (by validation
-            accuracy) or "latest".
-
-    Returns:
-        `(model, params)`, ready for `model.apply({"params": params}, images)` with images
-        `[B, H, W, C]` in [0, 1].
-
-    Raises:
-        UserError: if there is no run, no such checkpoint, or it is damaged.
-    """
+def evaluate_checkpoint(
+    workdir: str | Path,
+    split: str = "test",
+    step: int | str = "latest",
+    data_dir: str | None = None,
+    source_dir: str | None = None,
+) -> Evaluated:
+    """Evaluates a checkpoint of a run and writes nothing; see `evaluate_run`."""
     workdir = Path(workdir).expanduser()
-    model, restored = _restore(workdir, run_config(workdir), run_info(workdir), step)
-    return model, restored.params
-
-
-def run_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a folder."""
-    return config_lib.from_file(workdir / "config.json")
-
-
-def run_info(workdir: Path) -> DatasetInfo:
-    """What the run in a folder knew of its dataset."""
-    try:
-        content = json.loads((workdir / "dataset.json").read_text())
-        height, width, channels = (operator.index(n) for n in content["image_shape"])
-        return DatasetInfo((height, width, channels), tuple(content["class_names"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{workdir} holds no readable dataset.json: {error}") from error
-
-
-def _restore(
-    workdir: Path, config: ConfigDict, info: DatasetInfo, step: int | str
-) -> tuple[TinyVGG, Restored]:
-    model = build_model(config, info)
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{workdir} holds no checkpoint yet.")
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        return model, checkpoints.restore_params(step, abstract_params(model, info.image_shape))
+    if split not in SPLITS:
+        raise UserError(
+            f"unknown split {split!r}; one of {', '.join(SPLITS)}"
+            + config_lib.suggestion(split, SPLITS)
+        )
+    config = run_config(workdir)
+    model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
+    splits, info = load_splits(
+        config.data.name,
+        {split: config.data[f"{split}_split"]},
+        data_dir or config.data.data_dir,
+        source_dir or config.data.source_dir,
+    )
+    if info != run_info(workdir):
+        raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(restored.params))
+    result = evaluate(model, restored.params, splits[split])
+    return Evaluated(workdir, split, restored.step, splits[split], info, parameters, result)
 
 
 def evaluate_run(
@@ -231,51 +227,56 @@ def evaluate_run(
         source_dir: likewise.
 
     Returns:
-        What was written: `accuracy`, `loss`, `count`, `correct`, `step`, and `per_class`, a
-        list of `class`, `accuracy`, `count` and `correct`. Accuracies are fractions.
+        What was written; see `write_evaluation`.
 
     Raises:
         UserError: if there is no such run, checkpoint or split.
     """
-    workdir = Path(workdir).expanduser()
-    if split not in SPLITS:
-        raise UserError(
-            f"unknown split {split!r}; one of {', '.join(SPLITS)}"
-            + config_lib.suggestion(split, SPLITS)
-        )
-    config = run_config(workdir)
-    model, restored = _restore(workdir, config, run_info(workdir), step)
-    splits, info = load_splits(
-        config.data.name,
-        {split: config.data[f"{split}_split"]},
-        data_dir or config.data.data_dir,
-        source_dir or config.data.source_dir,
-    )
-    if info != run_info(workdir):
-        raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
-    result = evaluate(model, restored.params, splits[split])
+    return write_evaluation(evaluate_checkpoint(workdir, split, step, data_dir, source_dir))
+
+
+def write_evaluation(evaluated: Evaluated) -> dict[str, Any]:
+    """Writes `evaluation/SPLIT.json` into the run's folder.
+
+    Returns:
+        What was written: `accuracy`, `loss`, `count`, `correct`, `step`,
+        `expected_calibration_error`, `confusion` (`[num_classes][num_classes]` counts, a row for
+        each true class), and `per_class`, a list of `class`, `accuracy`, `count`, `correct`,
+        `precision`, `recall` and `f1`. Accuracies and the like are fractions.
+
+    Raises:
+        UserError: if that cannot be written.
+    """
+    result, names = evaluated.result, evaluated.info.class_names
+    confusion = confusion_matrix(evaluated.data.labels, result.predicted, len(names))
+    scores = np.stack(precision_recall_f1(confusion), axis=1)
     content = {
         "accuracy": result.accuracy,
         "loss": result.mean_loss,
         "count": result.count,
         "correct": result.correct,
-        "step": restored.step,
+        "step": evaluated.step,
+        "expected_calibration_error": calibration(
+            result.probabilities, evaluated.data.labels
+        ).expected_error,
         "per_class": [
             {
                 "class": name,
                 "accuracy": int(correct) / int(count) if count else None,
                 "count": int(count),
                 "correct": int(correct),
+                **dict(zip(("precision", "recall", "f1"), map(float, score), strict=True)),
             }
-            for name, correct, count in zip(
-                info.class_names, result.correct_per_class, result.count_per_class, strict=True
+            for name, correct, count, score in zip(
+                names, result.correct_per_class, result.count_per_class, scores, strict=True
             )
         ],
+        "confusion": confusion.tolist(),
     }
-    folder = workdir / "evaluation"
+    folder = evaluated.workdir / "evaluation"
     try:
         folder.mkdir(exist_ok=True)
-        (folder / f"{split}.json").write_text(json.dumps(content, indent=2) + "\n")
+        (folder / f"{evaluated.split}.json").write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}.") from error
     return content

@@ -1,7 +1,10 @@
 """The command line: flags in, one mode called, exit status out."""
 
+import json
 import logging
+import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -15,13 +18,24 @@ from tinyvgg_jax import reporting
 from tinyvgg_jax.cache import keep_compiled_programs
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 
-MODES = ("train", "eval", "prepare")
+MODES = ("train", "eval", "predict", "explain", "compare", "prepare")
+# Modes that take files or folders, and what these are.
+_WITH_PATHS = {"predict": "IMAGE...", "explain": "IMAGE", "compare": "RUN RUN..."}
 USAGE = """\
 Train Tiny VGG, or go on with a run that was interrupted:
   python -m tinyvgg_jax.main --config configs/default.py [--workdir runs/default]
                              [--config.FIELD=VALUE ...]
-Evaluate a checkpoint of a run:
+Evaluate a checkpoint of a run, and write a report with pictures:
   python -m tinyvgg_jax.main --mode eval --workdir runs/default
+                             [--split train|validation|test] [--step N|latest|best]
+Predict the classes of pictures, files or folders of them:
+  python -m tinyvgg_jax.main --mode predict --workdir runs/default IMAGE...
+                             [--json] [--invert auto|yes|no] [--step N|latest|best]
+Draw how the network sees a picture, its feature maps and where it looked:
+  python -m tinyvgg_jax.main --mode explain --workdir runs/default IMAGE
+                             [--output FILE.png] [--invert auto|yes|no] [--step N|latest|best]
+Compare runs on the same images:
+  python -m tinyvgg_jax.main --mode compare RUN RUN... [--output FILE.png]
                              [--split train|validation|test] [--step N|latest|best]
 Only prepare the dataset, say before going offline:
   python -m tinyvgg_jax.main --mode prepare --config configs/default.py
@@ -33,15 +47,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/NAME-OF-CONFIG.")
 _MODE = flags.DEFINE_string("mode", "train", "One of: " + ", ".join(MODES) + ".")
-_SPLIT = flags.DEFINE_string("split", "test", "For eval: train, validation or test.")
-_STEP = flags.DEFINE_string("step", "latest", "For eval: a number of steps, latest or best.")
+_SPLIT = flags.DEFINE_string("split", "test", "Train, validation or test.")
+_STEP = flags.DEFINE_string("step", None, "A number of optimizer steps, latest or best.")
+_JSON = flags.DEFINE_bool("json", False, "For predict: an object a line instead of a table.")
+_INVERT = flags.DEFINE_string("invert", "auto", "Whether pictures are dark on light.")
+_OUTPUT = flags.DEFINE_string("output", None, "For explain and compare: the PNG to write.")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
-    0: done. 1: the loss diverged. 2: something the user can put right. 128 + N: signal N, after
-    saving.
+    0: done. 1: the loss diverged, or some of the pictures could not be read. 2: something the user
+    can put right. 128 + N: signal N, after saving.
     """
     argv = sys.argv if argv is None else argv
     if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
@@ -54,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
     try:
-        _parse(argv)
+        paths = _parse(argv)
+        if _MODE.value in _WITH_PATHS:
+            modes = {"predict": _predict, "explain": _explain, "compare": _compare}
+            return modes[_MODE.value](paths)
         {"train": _train, "eval": _evaluate, "prepare": _prepare}[_MODE.value]()
     except UserError as error:
         return _fail(error, 2)
@@ -64,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 128 + error.signal_number)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing that was saved is lost.", 130)
+    except BrokenPipeError:
+        # Whoever reads the output, like `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 
@@ -78,8 +102,11 @@ def _fail(message: object, status: int) -> int:
     return status
 
 
-def _parse(argv: list[str]) -> None:
-    """Parses the flags; whatever is wrong with them or the config file becomes a UserError."""
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags and returns what else there is, the paths.
+
+    Whatever is wrong with flags or the config file becomes a UserError.
+    """
     for argument in argv[1:]:
         field = re.match(r"--?config\.([^=]*)", argument)
         if field and field[1] not in config_lib.FIELDS:
@@ -96,13 +123,16 @@ def _parse(argv: list[str]) -> None:
     except (Exception, SystemExit) as error:
         # A config file is Python: anything may come out of it.
         raise UserError(f"the config is not right: {_origin(error)}{error}") from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r} (--help shows the usage)")
     if _MODE.value not in MODES:
         raise UserError(
             f"unknown mode {_MODE.value!r}; one of {', '.join(MODES)}"
             + config_lib.suggestion(_MODE.value, MODES)
         )
+    if len(rest) > 1 and _MODE.value not in _WITH_PATHS:
+        raise UserError(f"unexpected argument {rest[1]!r} (--help shows the usage)")
+    if len(rest) == 1 and _MODE.value in _WITH_PATHS:
+        raise UserError(f"--mode {_MODE.value} needs {_WITH_PATHS[_MODE.value]} (see --help).")
+    return rest[1:]
 
 
 def _origin(error: BaseException) -> str:
@@ -151,25 +181,84 @@ def _train() -> None:
     print(reporting.summary_table(summary, workdir))
 
 
-def _evaluate() -> None:
+def _run() -> str:
     if _WORKDIR.value is None:
-        raise UserError("--mode eval needs --workdir, the folder of a run.")
-    step = _STEP.value
+        raise UserError(f"--mode {_MODE.value} needs --workdir, the folder of a run.")
+    return _WORKDIR.value
+
+
+def _step(default: str) -> int | str:
+    step = default if _STEP.value is None else _STEP.value
     if step not in ("latest", "best") and not (step.isdecimal() and len(step) < 19):
         raise UserError(f"--step must be a number, latest or best, not {step!r}.")
-    from tinyvgg_jax.evaluate import evaluate_run
+    return int(step) if step.isdecimal() else step
+
+
+def _invert() -> str:
+    if _INVERT.value not in ("auto", "yes", "no"):
+        raise UserError(f"--invert must be auto, yes or no, not {_INVERT.value!r}.")
+    return _INVERT.value
+
+
+def _where_data_is() -> tuple[str | None, str | None]:
+    """With a config, the data is looked for where that says; all else is the run's own."""
+    data = {} if _CONFIG.value is None else _CONFIG.value.data
+    return data.get("data_dir"), data.get("source_dir")
+
+
+def _evaluate() -> None:
+    workdir, step = _run(), _step("latest")
+    from tinyvgg_jax.evaluate import evaluate_checkpoint, write_evaluation
 
     keep_compiled_programs()
-    # With a config, eval looks for the data where that says; all else is the run's own.
-    data = {} if _CONFIG.value is None else _CONFIG.value.data
-    content = evaluate_run(
-        _WORKDIR.value,
-        _SPLIT.value,
-        int(step) if step.isdecimal() else step,
-        data.get("data_dir"),
-        data.get("source_dir"),
-    )
+    evaluated = evaluate_checkpoint(workdir, _SPLIT.value, step, *_where_data_is())
+    content = write_evaluation(evaluated)
     print(reporting.evaluation_table(content, _SPLIT.value))
+    from tinyvgg_jax.report import write_report
+
+    print(f"report: {write_report(evaluated, content)}")
+
+
+def _predict(paths: list[str]) -> int:
+    workdir, step, invert = _run(), _step("best"), _invert()
+    from tinyvgg_jax.predict import load_predictor, predict_files
+
+    keep_compiled_programs()
+    # A file's name may be anything.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    predictor = load_predictor(workdir, step)
+    status = 0
+    table = None if _JSON.value else reporting.PredictionTable(predictor.class_names)
+    for answer in predict_files(predictor, paths, invert):
+        if isinstance(answer, UserError):
+            status = _fail(answer, 1)
+        elif table is None:
+            print(json.dumps(answer.to_json(predictor.class_names)), flush=True)
+        else:
+            print(table.row(str(answer.path), answer.probabilities, answer.inverted), flush=True)
+    return status
+
+
+def _explain(paths: list[str]) -> int:
+    workdir, step, invert = _run(), _step("best"), _invert()
+    if len(paths) > 1:
+        raise UserError(f"--mode explain takes one picture, not {len(paths)}.")
+    from tinyvgg_jax.explain import explain_file
+
+    keep_compiled_programs()
+    print(explain_file(workdir, paths[0], _OUTPUT.value, invert, step))
+    return 0
+
+
+def _compare(paths: list[str]) -> int:
+    step = _step("latest")
+    from tinyvgg_jax.compare import compare_runs, comparison_table, write_comparison
+
+    keep_compiled_programs()
+    comparison = compare_runs(paths, _SPLIT.value, step, *_where_data_is())
+    print(comparison_table(comparison))
+    print(f"plot: {write_comparison(comparison, _OUTPUT.value or 'comparison.png')}")
+    return 0
 
 
 if __name__ == "__main__":

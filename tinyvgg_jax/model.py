@@ -80,7 +80,13 @@ class TinyVGG(nn.Module):
     num_classes: int = 10
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        for block, width in enumerate(self.widths, start=1):
+            for layer in range(1, self.convs_per_block + 1):
+                setattr(self, f"conv{block}_{layer}", ConvReLU(width, self.dtype))
+        self.dense = nn.Dense(self.hidden, dtype=self.dtype)
+        self.logits = nn.Dense(self.num_classes, dtype=self.dtype)
+
     def __call__(self, images: Array) -> Array:
         """Computes the logits.
 
@@ -94,6 +100,13 @@ class TinyVGG(nn.Module):
             ValueError: if `images` does not have four dimensions, or its height or width is
                 less than 2 to the number of blocks, so that nothing is left after pooling.
         """
+        return self.classify(self.activations(images)[-1])
+
+    def activations(self, images: Array) -> list[Array]:
+        """What each block's last convolution answers: `[B, H / 2**i, W / 2**i, widths[i]]`.
+
+        The input of the block after it is its 2x2 maximum. Args and errors are those of a call.
+        """
         if images.ndim != 4:
             raise ValueError(f"images must be [B, H, W, C], not of shape {images.shape}.")
         smallest = 2 ** len(self.widths)
@@ -102,12 +115,16 @@ class TinyVGG(nn.Module):
                 f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for "
                 f"{len(self.widths)} blocks: at least {smallest}x{smallest}, or fewer widths."
             )
-        x = images.astype(self.dtype)
-        for block, width in enumerate(self.widths, start=1):
+        answers: list[Array] = []
+        for block in range(1, len(self.widths) + 1):
+            x = max_pool_2x2(answers[-1]) if answers else images.astype(self.dtype)
             for layer in range(1, self.convs_per_block + 1):
-                x = ConvReLU(width, self.dtype, name=f"conv{block}_{layer}")(x)
-            x = max_pool_2x2(x)
-        x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="dense")(x))
-        x = nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x)
-        return x.astype(jnp.float32)
+                x = getattr(self, f"conv{block}_{layer}")(x)
+            answers.append(x)
+        return answers
+
+    def classify(self, x: Array) -> Array:
+        """From the last of the `activations` to `[B, num_classes]` float32 logits."""
+        x = max_pool_2x2(x)
+        x = nn.relu(self.dense(x.reshape(x.shape[0], -1)))
+        return cast(Array, self.logits(x)).astype(jnp.float32)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 # Between two looks at the device's figures, and between lines where there is no terminal.
@@ -125,3 +126,31 @@ def evaluation_table(content: dict[str, Any], split: str) -> str:
         f"{content['count']:,}), loss {content['loss']:.4f}, checkpoint of step {content['step']}"
     )
     return "\n".join(lines)
+
+
+class PredictionTable:
+    """Predictions of picture files as lines of a table, which begin with its head."""
+
+    def __init__(self, class_names: tuple[str, ...]):
+        self._names = class_names
+        self._width = max(len(name) for name in class_names)
+        self._head = f"{'class':<{self._width}}         second guess{'':<{self._width}}  file\n"
+
+    def row(self, path: str, probabilities: np.ndarray, inverted: bool) -> str:
+        """One picture's line.
+
+        Args:
+            path: the file.
+            probabilities: `[num_classes]`.
+            inverted: whether it was inverted, which the line says.
+
+        Returns:
+            The line, after the table's head if it is the first.
+        """
+        head, self._head = self._head, ""
+        guesses = [
+            f"{self._names[label]:<{self._width}} {probabilities[label]:>6.1%}"
+            for label in np.argsort(-probabilities, kind="stable")[:2]
+        ]
+        # The path comes last: its length is anybody's guess.
+        return head + "  ".join([*guesses, path + "  (inverted)" * inverted])

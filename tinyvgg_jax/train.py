@@ -28,11 +28,12 @@ from tinyvgg_jax.augment import augment
 from tinyvgg_jax.checkpoint import Checkpoints
 from tinyvgg_jax.data import DatasetInfo, Split, fits_on_device, load_splits
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
-from tinyvgg_jax.evaluate import SPLITS, build_model, evaluate
+from tinyvgg_jax.evaluate import SPLITS, evaluate
 from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
 from tinyvgg_jax.pipeline import DevicePipeline, StreamPipeline
 from tinyvgg_jax.profiling import Profile
+from tinyvgg_jax.runs import build_model
 from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step, named_key
 
 logger = logging.getLogger(__name__)

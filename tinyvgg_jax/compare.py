@@ -1,0 +1,210 @@
+"""Several runs side by side: how good, how large, how fast, and what is more than chance."""
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.evaluate import evaluate_checkpoint
+from tinyvgg_jax.metrics import McNemar, accuracy_interval, mcnemar
+
+# Up to so many runs the table has a line for each pair of them.
+_EACH_PAIR = 3
+
+
+class ComparedRun(NamedTuple):
+    """A run on a split.
+
+    Attributes:
+        name: its folder.
+        step: optimizer steps of the checkpoint.
+        accuracy: a fraction.
+        interval: 95 %, two fractions.
+        parameters: number of the network's.
+        seconds: of training, None where the run was not finished.
+        right: `[N]` bool, whether it has each example right.
+    """
+
+    name: str
+    step: int
+    accuracy: float
+    interval: tuple[float, float]
+    parameters: int
+    seconds: float | None
+    right: np.ndarray
+
+
+class Comparison(NamedTuple):
+    """Runs on the same examples.
+
+    Attributes:
+        split: the split's name.
+        runs: in the order asked for.
+        tests: of each pair of their indices, the first being the smaller.
+    """
+
+    split: str
+    runs: list[ComparedRun]
+    tests: dict[tuple[int, int], McNemar]
+
+
+def compare_runs(
+    workdirs: Sequence[str | Path],
+    split: str = "test",
+    step: int | str = "latest",
+    data_dir: str | None = None,
+    source_dir: str | None = None,
+) -> Comparison:
+    """Evaluates runs on the same examples and compares each with each.
+
+    Args:
+        workdirs: folders of two runs or more.
+        split: "train", "validation" or "test".
+        step: as in `restore`.
+        data_dir: tfds's folder, where it is not the configs'.
+        source_dir: likewise.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UserError: if there are fewer than two runs, one cannot be evaluated, or their splits
+            differ.
+    """
+    if len(workdirs) < 2:
+        raise UserError("--mode compare needs the folders of two runs or more.")
+    runs: list[ComparedRun] = []
+    labels = None
+    for workdir in workdirs:
+        evaluated = evaluate_checkpoint(workdir, split, step, data_dir, source_dir)
+        if labels is None:
+            labels, images = evaluated.data.labels, evaluated.data.images
+        elif not (
+            np.array_equal(labels, evaluated.data.labels)
+            and np.array_equal(images, evaluated.data.images)
+        ):
+            raise UserError(f"{workdirs[0]} and {workdir} have different {split} splits.")
+        result = evaluated.result
+        runs.append(
+            ComparedRun(
+                str(workdir),
+                evaluated.step,
+                result.accuracy,
+                accuracy_interval(result.correct, result.count),
+                evaluated.parameters,
+                _seconds(Path(workdir).expanduser()),
+                result.predicted == evaluated.data.labels,
+            )
+        )
+    pairs = combinations(range(len(runs)), 2)
+    tests = {(i, j): mcnemar(runs[i].right, runs[j].right) for i, j in pairs}
+    return Comparison(split, runs, tests)
+
+
+def _seconds(workdir: Path) -> float | None:
+    try:
+        return float(json.loads((workdir / "summary.json").read_text())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """What was found, for a terminal."""
+    runs = comparison.runs
+    width = max(len("run"), *(len(run.name) for run in runs))
+    lines = [
+        f"    {'run':<{width}}  {comparison.split:>10}  {'95 % interval':>15}  {'parameters':>10}"
+        f"  {'time':>8}"
+    ]
+    for index, run in enumerate(runs, start=1):
+        low, high = run.interval
+        seconds = "-" if run.seconds is None else f"{run.seconds:,.0f} s"
+        lines.append(
+            f"{index:>2}  {run.name:<{width}}  {run.accuracy:>10.2%}  {low:>7.2%}-{high:.2%}  "
+            f"{run.parameters:>10,}  {seconds:>8}"
+        )
+    lines.append("")
+    best = max(range(len(runs)), key=lambda index: runs[index].accuracy)
+    for (i, j), test in comparison.tests.items():
+        # Of many runs not each pair, which nobody would read: each beside the best one.
+        if len(runs) <= _EACH_PAIR or best in (i, j):
+            lines.append(f"{i + 1} and {j + 1}: {_verdict(runs[i], runs[j], test)}")
+    lines.append(
+        "The interval is for other images of the same kind, McNemar's test for these; another seed "
+        "of the same recipe varies too."
+    )
+    return "\n".join(lines)
+
+
+def _verdict(first: ComparedRun, second: ComparedRun, test: McNemar) -> str:
+    gap = 100 * (first.accuracy - second.accuracy)
+    found = "more than chance" if test.p_value < 0.05 else "may be chance"
+    return (
+        f"{gap:+.2f} points, {found} (p = {test.p_value:.2g}; {test.only_first} images only the "
+        f"first has right, {test.only_second} only the second)"
+    )
+
+
+def draw_comparison(comparison: Comparison) -> Figure:
+    """One plot: the runs' accuracies with their intervals."""
+    runs = comparison.runs
+    figure = Figure(figsize=(8, 1.4 + 0.45 * len(runs)), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    rows = range(len(runs))
+    for row, run in enumerate(runs):
+        low, high = (100 * bound for bound in run.interval)
+        axes.plot([low, high], [row, row], color="#b5451c", linewidth=2, solid_capstyle="round")
+        axes.plot([100 * run.accuracy], [row], "o", color="#b5451c")
+        axes.annotate(
+            f"{run.accuracy:.2%}",
+            (100 * run.accuracy, row),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
+    axes.set_yticks(rows, [_short(run) for run in runs])
+    axes.set(ylim=(len(runs) - 0.5, -0.7))
+    axes.set_xlabel(f"{comparison.split} accuracy in %, with its 95 % interval")
+    axes.grid(axis="x", color="#e4e0da")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    return figure
+
+
+def _short(run: ComparedRun, longest: int = 32) -> str:
+    name = run.name if len(run.name) <= longest else "..." + run.name[-longest + 3 :]
+    return f"{name}\n{run.parameters:,} parameters"
+
+
+def write_comparison(comparison: Comparison, path: str | Path) -> Path:
+    """Writes the plot as a PNG and, beside it, the figures as JSON.
+
+    Raises:
+        UserError: if that cannot be written.
+    """
+    path = Path(path).expanduser()
+    content: dict[str, Any] = {
+        "split": comparison.split,
+        "runs": [
+            {key: value for key, value in run._asdict().items() if key != "right"}
+            for run in comparison.runs
+        ],
+        "tests": [
+            {"first": comparison.runs[i].name, "second": comparison.runs[j].name, **test._asdict()}
+            for (i, j), test in comparison.tests.items()
+        ],
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_comparison(comparison).savefig(path, format="png", dpi=120)
+        path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from error
+    return path

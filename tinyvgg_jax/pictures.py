@@ -1,0 +1,224 @@
+"""Picture files to arrays like the dataset's: a light garment on black, trimmed, in the centre."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tinyvgg_jax.errors import UserError
+
+INVERT = ("auto", "yes", "no")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+# Refused beyond this: decoded, it would take 4 bytes a pixel. A phone's photo has 12 to 50 million.
+_MAX_PIXELS = 100_000_000
+# Fewer pixels on the longer side show nothing that could be told apart.
+_MIN_SIDE = 8
+# Pixels on the longer side of what a picture is first reduced to, for each of the network's.
+_DETAIL = 16
+# Of 255; a pixel that differs less from the background is background. The dataset's makers took
+# 5 % (arXiv:1708.07747), for photos of a studio; a home's walls are less even.
+_SAME = 25
+
+
+class Picture(NamedTuple):
+    """A picture as the network gets to see it.
+
+    Attributes:
+        pixels: `[H, W, C]` uint8, in the network's size.
+        inverted: whether dark was made light.
+    """
+
+    pixels: np.ndarray
+    inverted: bool
+
+
+def find_files(path: Path) -> list[Path]:
+    """A file is itself; a folder is the pictures in it and in its subfolders, by name.
+
+    Raises:
+        UserError: if there is nothing, or it may not be read.
+    """
+    try:
+        if not path.is_dir():
+            # Whether it can be read is found out when it is.
+            path.stat()
+            return [path]
+        found = sorted(_walk(path))
+    except OSError as error:
+        where = error.filename or path
+        raise UserError(f"{where}: {(error.strerror or str(error)).lower()}.") from error
+    if not found:
+        raise UserError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)}).")
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+
+
+def load_picture(
+    path: str | Path, image_shape: tuple[int, int, int] = (28, 28, 1), invert: str = "auto"
+) -> Picture:
+    """Reads a picture file and makes of it what `normalise` says.
+
+    The orientation that a camera noted is applied, of an animation the first frame is taken, and
+    what is transparent becomes a background that the rest stands out from.
+
+    Args:
+        path: PNG, JPEG, WebP, GIF, BMP, or what else Pillow reads; any size, colour or grey.
+        image_shape: `(H, W, C)` of the network's images, C being 1 or 3.
+        invert: "auto", "yes" or "no", see `normalise`.
+
+    Returns:
+        The picture.
+
+    Raises:
+        UserError: if it is no image, damaged, or of a size that is out of reason.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise UserError(
+                    f"{path}: {image.width:,}x{image.height:,} pixels are too many; at most "
+                    f"{_MAX_PIXELS:,} in all."
+                )
+            if max(image.size) < _MIN_SIDE:
+                raise UserError(
+                    f"{path}: {image.width}x{image.height} pixels are too few to show anything."
+                )
+            grey = image_shape[2] == 1
+            side = _DETAIL * max(image_shape[:2])
+            if max(image.size) > side:
+                # A JPEG can be decoded at a fraction of its size, in a fraction of the time.
+                image.draft("L" if grey and image.mode == "L" else "RGB", (side, side))
+            pixels = _decode(image, "L" if grey else "RGB", side)
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too many pixels; at most {_MAX_PIXELS:,} in all.") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: not an image that Pillow knows.") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be read: {reason.lower()}.") from error
+    except Exception as error:  # A damaged file brings out anything in a decoder.
+        raise UserError(f"{path}: cannot be read as an image: {error}.") from error
+    try:
+        return normalise(pixels, image_shape, invert)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
+
+
+def _decode(image: Image.Image, mode: str, side: int) -> np.ndarray:
+    """`[H, W, C]` uint8 in a mode, upright, opaque, and no longer than so many pixels."""
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16 bits a pixel, which Pillow would cut off at 255.
+        values = np.asarray(image, np.float64)
+        top = 65535.0 if image.mode.startswith("I") and values.max() > 255 else 255.0
+        image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
+    upright = ImageOps.exif_transpose(image) or image
+    if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
+        upright = _opaque(upright.convert("RGBA"))
+    upright = upright.convert(mode)
+    if max(upright.size) > side:
+        upright.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
+    pixels = np.asarray(upright)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """On white if what is seen is rather dark, else on black."""
+    pixels = np.asarray(image.convert("LA"), np.float64)
+    weight = pixels[..., 1].sum()
+    mean = (pixels[..., 0] * pixels[..., 1]).sum() / weight if weight else 0.0
+    background = "white" if mean < 128 else "black"
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+
+
+def normalise(pixels: np.ndarray, image_shape: tuple[int, int, int], invert: str) -> Picture:
+    """Makes of a photo what FashionMNIST's makers made of theirs (arXiv:1708.07747).
+
+    The background is the median of the border. What differs from it is cut out, resized with
+    antialiasing so that its longer side fills the image, and put in the centre; dark on light is
+    turned into light on dark, with the background at 0. A picture that has the network's size
+    already is left as it is, and inverted only if told so. Of a network for colour images, no
+    background is sought, and "auto" means "no".
+
+    Args:
+        pixels: `[H, W, C]` uint8.
+        image_shape: `(H, W, C)` of the network's images.
+        invert: "yes", "no", or "auto": whether the border is rather light than dark.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: if all pixels are alike.
+    """
+    if invert not in INVERT:
+        raise ValueError(f"invert must be one of {', '.join(INVERT)}, not {invert!r}")
+    grey = image_shape[2] == 1
+    if pixels.shape == image_shape:
+        inverted = invert == "yes"
+        return Picture(255 - pixels if inverted else pixels, inverted)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = np.median(border, axis=0)
+    light = bool(background.mean() > 127)
+    inverted = invert == "yes" or (invert == "auto" and grey and light)
+    if grey:
+        pixels = _trimmed(pixels, background)
+    fitted = _fit(pixels, image_shape, background).astype(np.float64)
+    if inverted:
+        fitted, background = 255 - fitted, 255 - background
+    if grey and background.mean() <= 127:
+        fitted = (fitted - background) * (255 / (255 - background))
+    return Picture(fitted.clip(0, 255).round().astype(np.uint8), inverted)
+
+
+def _trimmed(pixels: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """The box of what differs from the background."""
+    differs = np.abs(pixels.astype(np.int16) - background).max(axis=2) > _SAME
+    if not differs.any():
+        raise ValueError("all its pixels are alike")
+    rows, columns = (_span(differs.mean(axis=axis)) for axis in (1, 0))
+    return pixels[rows, columns]
+
+
+def _span(shares: np.ndarray) -> slice:
+    """From the first to the last row in which more differs than a speck of dust."""
+    busy = np.flatnonzero(shares > min(0.01, shares.max() / 2))
+    return slice(int(busy[0]), int(busy[-1]) + 1)
+
+
+def _fit(
+    pixels: np.ndarray, image_shape: tuple[int, int, int], background: np.ndarray
+) -> np.ndarray:
+    """Resized to fit, keeping the aspect ratio, in the centre of the background."""
+    (h, w), (H, W, C) = pixels.shape[:2], image_shape
+    scale = min(H / h, W / w)
+    new_h, new_w = max(1, min(H, round(h * scale))), max(1, min(W, round(w * scale)))
+    source = Image.fromarray(pixels[..., 0] if C == 1 else pixels)
+    small = np.asarray(source.resize((new_w, new_h), Image.Resampling.LANCZOS))
+    canvas = np.empty(image_shape, np.uint8)
+    canvas[:] = background.round().astype(np.uint8)
+    top, left = (H - new_h) // 2, (W - new_w) // 2
+    canvas[top : top + new_h, left : left + new_w] = small.reshape(new_h, new_w, C)
+    return canvas
+
+
+def find_all(paths: Iterable[str | Path]) -> Iterator[Path | UserError]:
+    """The files of several paths, in order; for a path without any, what is wrong with it."""
+    for path in paths:
+        try:
+            yield from find_files(Path(path).expanduser())
+        except UserError as error:
+            yield error

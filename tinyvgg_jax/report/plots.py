@@ -1,0 +1,161 @@
+"""The figures of a report, each as a function of arrays, in light or dark."""
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from tinyvgg_jax.metrics import Calibration
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of a figure.
+
+    Attributes:
+        background: of the paper.
+        ink: of text.
+        faint: of grids and of what is beside the point.
+        first: of the main curve.
+        second: of the other.
+    """
+
+    background: str
+    ink: str
+    faint: str
+    first: str
+    second: str
+
+
+LIGHT = Theme("#ffffff", "#22201d", "#dcd7d0", "#b5451c", "#2f6f8f")
+DARK = Theme("#1d1c1a", "#ece8e1", "#4a4641", "#f08a5d", "#7cc0dd")
+
+
+def png(figure: Figure, dpi: int = 140) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, theme: Theme) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained", facecolor=theme.background)
+
+
+def _style(axes: Axes, theme: Theme) -> None:
+    axes.set_facecolor(theme.background)
+    axes.tick_params(colors=theme.ink, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(theme.faint)
+    axes.grid(color=theme.faint, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        label.set_color(theme.ink)
+
+
+def confusion(matrix: np.ndarray, class_names: tuple[str, ...], theme: Theme = LIGHT) -> Figure:
+    """The confusion matrix: counts, and the percentage of each row.
+
+    Args:
+        matrix: `[C, C]` int, a row for each true class.
+        class_names: C names.
+        theme: the colours.
+
+    Returns:
+        The figure.
+    """
+    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = max(5.0, 1.6 + 0.62 * len(class_names))
+    figure = _figure(side, side, theme)
+    axes = figure.subplots()
+    colours = LinearSegmentedColormap.from_list("shares", [theme.background, theme.first])
+    axes.imshow(np.sqrt(shares), cmap=colours, vmin=0, vmax=10)
+    _style(axes, theme)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(
+        range(len(class_names)), class_names, rotation=40, ha="right", rotation_mode="anchor"
+    )
+    axes.set_yticks(range(len(class_names)), class_names)
+    axes.set(xlabel="predicted", ylabel="true")
+    for (row, column), count in np.ndenumerate(matrix):
+        if not count or len(class_names) > 20:
+            continue
+        share = shares[row, column]
+        percent = f"{share:.0f}%" if share >= 1 else "<1%"
+        colour = theme.background if share > 35 else theme.ink
+        for text, shift, size in ((f"{count:,}", -0.14, 9.5), (percent, 0.22, 7.0)):
+            axes.text(
+                column, row + shift, text, ha="center", va="center", color=colour, fontsize=size
+            )
+    return figure
+
+
+def reliability(curve: Calibration, theme: Theme = LIGHT) -> Figure:
+    """The calibration curve above the number of images in each bin."""
+    figure = _figure(5.4, 5.2, theme)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = curve.counts > 0
+    edges = 100 * np.linspace(0, 1, len(curve.counts) + 1)
+    upper.plot([0, 100], [0, 100], color=theme.second, linewidth=1, linestyle="--")
+    upper.annotate(
+        "as sure as right", (30, 33), color=theme.second, fontsize=9, rotation=38, ha="center"
+    )
+    upper.plot(
+        100 * curve.confidence[filled],
+        100 * curve.accuracy[filled],
+        color=theme.first,
+        marker="o",
+        markersize=4,
+    )
+    upper.set(ylabel="accuracy in %", ylim=(0, 102), xlim=(0, 100))
+    lower.bar(edges[:-1], curve.counts, width=np.diff(edges) * 0.9, align="edge", color=theme.first)
+    lower.set(ylabel="images", xlabel="confidence (probability of the predicted class) in %")
+    lower.set_yscale("symlog", linthresh=10)
+    for axes in (upper, lower):
+        _style(axes, theme)
+    return figure
+
+
+def learning_curves(history: list[dict[str, Any]], theme: Theme = LIGHT) -> Figure:
+    """Accuracy and loss of train and validation by epoch, from the lines of `metrics.jsonl`."""
+    figure = _figure(5.4, 5.6, theme)
+    epochs = [record["epoch"] for record in history]
+    for axes, kind, scale in zip(
+        figure.subplots(2, 1, sharex=True), ("accuracy", "loss"), (100, 1), strict=True
+    ):
+        for split, colour in (("train", theme.first), ("validation", theme.second)):
+            values = [scale * record[f"{split}_{kind}"] for record in history]
+            axes.plot(epochs, values, color=colour, marker="o", markersize=3.5, label=split)
+        _style(axes, theme)
+        axes.set(ylabel=f"{kind} in %" if scale == 100 else kind)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False, labelcolor=theme.ink)
+    axes.set_xlabel("epoch", color=theme.ink)
+    return figure
+
+
+def gallery(images: np.ndarray, captions: list[str], columns: int = 6) -> Figure:
+    """Images with a caption under each.
+
+    Args:
+        images: `[N, H, W, C]` uint8.
+        captions: N of them, of two lines at most.
+        columns: images side by side.
+
+    Returns:
+        The figure.
+    """
+    rows = max(1, -(-len(images) // columns))
+    figure = _figure(1.75 * columns, 2.25 * rows, LIGHT)
+    for axes in np.ravel(figure.subplots(rows, columns)):
+        axes.set_axis_off()
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        grey = image.shape[2] == 1
+        axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(caption, fontsize=8, color=LIGHT.ink, y=-0.02, va="top")
+    return figure

@@ -1,0 +1,90 @@
+"""What the folder of a run holds for others: its config, its dataset's facts, its network."""
+
+import json
+import operator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from tinyvgg_jax import config as config_lib
+from tinyvgg_jax.checkpoint import Checkpoints, Restored
+from tinyvgg_jax.data import DatasetInfo
+from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.model import TinyVGG
+
+
+def build_model(config: ConfigDict, info: DatasetInfo) -> TinyVGG:
+    """The network that a config describes, for a dataset.
+
+    Raises:
+        UserError: if the images are too small for its blocks.
+    """
+    smallest = 2 ** len(config.model.widths)
+    if min(info.image_shape[:2]) < smallest:
+        raise UserError(
+            f"config.model.widths has {len(config.model.widths)} blocks, which need images of at "
+            f"least {smallest}x{smallest} pixels; {config.data.name} has "
+            f"{info.image_shape[0]}x{info.image_shape[1]}."
+        )
+    return TinyVGG(
+        widths=tuple(config.model.widths),
+        convs_per_block=config.model.convs_per_block,
+        hidden=config.model.hidden,
+        num_classes=len(info.class_names),
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def abstract_params(model: TinyVGG, image_shape: tuple[int, int, int]) -> Any:
+    """Shapes and dtypes of the model's parameters, without computing any."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+def restore(workdir: str | Path, step: int | str = "best") -> tuple[TinyVGG, Any]:
+    """Restores a trained network from a run's folder; needs no dataset.
+
+    Args:
+        workdir: the folder that `train_and_evaluate` wrote.
+        step: a number of optimizer steps that has a checkpoint, "best" (by validation
+            accuracy) or "latest".
+
+    Returns:
+        `(model, params)`, ready for `model.apply({"params": params}, images)` with images
+        `[B, H, W, C]` in [0, 1].
+
+    Raises:
+        UserError: if there is no run, no such checkpoint, or it is damaged.
+    """
+    workdir = Path(workdir).expanduser()
+    model, restored = restore_checkpoint(workdir, run_config(workdir), run_info(workdir), step)
+    return model, restored.params
+
+
+def run_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a folder."""
+    return config_lib.from_file(workdir / "config.json")
+
+
+def run_info(workdir: Path) -> DatasetInfo:
+    """What the run in a folder knew of its dataset."""
+    try:
+        content = json.loads((workdir / "dataset.json").read_text())
+        height, width, channels = (operator.index(n) for n in content["image_shape"])
+        return DatasetInfo((height, width, channels), tuple(content["class_names"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{workdir} holds no readable dataset.json: {error}") from error
+
+
+def restore_checkpoint(
+    workdir: Path, config: ConfigDict, info: DatasetInfo, step: int | str
+) -> tuple[TinyVGG, Restored]:
+    model = build_model(config, info)
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{workdir} holds no checkpoint yet.")
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return model, checkpoints.restore_params(step, abstract_params(model, info.image_shape))
