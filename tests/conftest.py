@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tinyvgg_jax import train_and_evaluate
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +80,20 @@ def config(data_dir: Path) -> ConfigDict:
     config.data.train_split = "train[:250]"
     config.data.validation_split = "train[250:]"
     return config
+
+
+@pytest.fixture(scope="session")
+def trained(
+    data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A finished run on `bars`, and its summary; not to be changed."""
+    config = importlib.import_module("configs.default").get_config()
+    config.num_epochs, config.batch_size, config.learning_rate = 3, 30, 0.1
+    config.model.widths, config.model.convs_per_block, config.model.hidden = (4, 8), 1, 8
+    config.data.name, config.data.data_dir = "bars", str(data_dir)
+    config.data.train_split, config.data.validation_split = "train[:250]", "train[250:]"
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train_and_evaluate(config, workdir)
 
 
 @pytest.fixture(scope="session")

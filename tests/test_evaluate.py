@@ -1,4 +1,3 @@
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tinyvgg_jax import UserError, restore, train_and_evaluate
+from tinyvgg_jax import UserError, restore
 from tinyvgg_jax import evaluate as evaluation
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits
 from tinyvgg_jax.evaluate import evaluate, evaluate_run
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.runs import build_model
 from tinyvgg_jax.step import to_float
-
-
-@pytest.fixture(scope="module")
-def trained(
-    data_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
-    """A finished run on `bars`, and its summary."""
-    config = importlib.import_module("configs.default").get_config()
-    config.num_epochs, config.batch_size, config.learning_rate = 3, 30, 0.1
-    config.model.widths, config.model.convs_per_block, config.model.hidden = (4, 8), 1, 8
-    config.data.name, config.data.data_dir = "bars", str(data_dir)
-    config.data.train_split, config.data.validation_split = "train[:250]", "train[250:]"
-    workdir = tmp_path_factory.mktemp("run")
-    return workdir, train_and_evaluate(config, workdir)
 
 
 @pytest.fixture(scope="module")

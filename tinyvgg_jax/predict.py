@@ -134,8 +134,8 @@ def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:
     Raises:
         UserError: as `restore`.
     """
-    info = run_info(Path(workdir).expanduser())
     model, params = restore(workdir, step)
+    info = run_info(Path(workdir).expanduser())
     return Predictor(model, params, info.image_shape, info.class_names)
 
 

@@ -154,6 +154,8 @@ def gallery(images: np.ndarray, captions: list[str], columns: int = 6) -> Figure
     figure = _figure(1.75 * columns, 2.25 * rows, LIGHT)
     for axes in np.ravel(figure.subplots(rows, columns)):
         axes.set_axis_off()
+    if not len(images):
+        figure.axes[0].text(0.5, 0.5, "none", ha="center", color=LIGHT.ink)
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         grey = image.shape[2] == 1
         axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)

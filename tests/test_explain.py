@@ -1,0 +1,66 @@
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyvgg_jax import Predictor, UserError, load_predictor
+from tinyvgg_jax.explain import explain, explain_file, grad_cam
+from tinyvgg_jax.model import TinyVGG
+
+Trained = tuple[Path, dict[str, Any]]
+
+
+def test_grad_cam_weighs_features_by_their_mean_gradients() -> None:
+    activations = np.zeros((2, 2, 3), np.float32)
+    activations[0, 0, 0], activations[0, 1, 1], activations[1, 0, 2] = 2.0, 4.0, 3.0
+    gradient = np.zeros((2, 2, 3), np.float32)
+    gradient[..., 0], gradient[..., 1] = 1.0, -1.0  # The second feature speaks against it.
+    gradient[0, 0, 2] = 4.0  # On average 1.
+    saliency = grad_cam(jnp.asarray(activations), jnp.asarray(gradient))
+    np.testing.assert_allclose(saliency, np.array([[2 / 3, 0], [1, 0]]))
+    assert (grad_cam(jnp.asarray(activations), jnp.zeros((2, 2, 3))) == 0).all()
+
+
+def test_it_shows_what_is_on_the_way_to_the_answer() -> None:
+    model = TinyVGG(widths=(4, 6), convs_per_block=1, hidden=8, num_classes=5)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
+    predictor = Predictor(model, params, (16, 16, 1), tuple("abcde"))
+    image = np.random.default_rng(0).integers(256, size=(16, 16, 1)).astype(np.uint8)
+    seen = explain(predictor, image)
+    expected = predictor(image).probabilities[0]
+    np.testing.assert_allclose(seen.probabilities, expected, rtol=1e-4)
+    assert [maps.shape for maps in seen.feature_maps] == [(8, 8, 4), (4, 4, 6)]
+    assert seen.saliency.shape == (8, 8)
+    # The answer follows from the last block's maps.
+    hidden = jax.nn.relu(seen.feature_maps[-1].reshape(-1) @ params["dense"]["kernel"])
+    logits = hidden @ params["logits"]["kernel"]
+    np.testing.assert_allclose(jax.nn.softmax(logits), expected, rtol=1e-4)
+
+
+def test_the_network_looks_at_the_bar(trained: Trained, data_dir: Path) -> None:
+    predictor = load_predictor(trained[0], "latest")
+    image = np.full((16, 16, 1), 30, np.uint8)
+    image[7:9, 4:12] = 220
+    seen = explain(predictor, image)
+    assert seen.saliency.max() == pytest.approx(1)
+    assert seen.probabilities.argmax() == 2
+
+
+def test_a_picture_is_written(trained: Trained, tmp_path: Path) -> None:
+    pixels = np.full((50, 40), 250, np.uint8)
+    pixels[20:30, 5:35] = 10
+    Image.fromarray(pixels).save(tmp_path / "dark bar.png")
+    written = explain_file(trained[0], tmp_path / "dark bar.png", tmp_path / "new" / "seen.png")
+    assert written == tmp_path / "new" / "seen.png"
+    with Image.open(written) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.width == 1200
+        assert len(np.unique(np.asarray(image.convert("L")))) > 50
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        explain_file(trained[0], tmp_path / "dark bar.png", tmp_path / "file" / "seen.png")

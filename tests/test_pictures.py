@@ -1,0 +1,204 @@
+import os
+from pathlib import Path
+
+import make_pictures
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyvgg_jax import UserError
+from tinyvgg_jax.pictures import find_files, load_picture, normalise
+
+FOLDER = Path(__file__).parent / "pictures"
+SHAPE = (28, 28, 1)
+
+
+def load(name: str, invert: str = "auto") -> np.ndarray:
+    return load_picture(FOLDER / name, SHAPE, invert).pixels
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
+def test_a_photo_becomes_a_light_garment_on_black_that_fills_the_image(path: Path) -> None:
+    picture = load_picture(path, SHAPE)
+    assert picture.pixels.shape == SHAPE
+    assert picture.pixels.dtype == np.uint8
+    assert picture.inverted == (path.name != "weißes T-Shirt.jpg")
+    seen = picture.pixels[..., 0] > 60
+    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+    assert max(height, width) >= 27
+    # In the centre: as much on the left as on the right, to a pixel.
+    assert abs((rows[0] + rows[-1]) - 27) <= 2
+    assert abs((columns[0] + columns[-1]) - 27) <= 2
+    # The corners are background, but for a boot's shaft and heel.
+    corners = np.sort(picture.pixels[[0, 0, -1, -1], [0, -1, 0, -1], 0])
+    assert corners[1] < 40
+
+
+def test_the_pictures_are_what_their_script_draws(tmp_path: Path) -> None:
+    make_pictures.save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in FOLDER.iterdir()}
+    for path in FOLDER.iterdir():
+        ours, theirs = (load_picture(p, SHAPE).pixels for p in (path, tmp_path / path.name))
+        assert np.abs(ours.astype(int) - theirs).mean() < 3, path.name
+
+
+def test_cameras_orientation_is_applied(tmp_path: Path) -> None:
+    upright = make_pictures.pictures()["boot turned by EXIF.jpg"]
+    upright.save(tmp_path / "upright.png")
+    expected = load_picture(tmp_path / "upright.png", SHAPE).pixels
+    turned = load("boot turned by EXIF.jpg")
+    assert np.abs(turned.astype(int) - expected).mean() < 4
+    assert np.abs(turned.astype(int) - np.rot90(expected)).mean() > 40
+
+
+@pytest.mark.parametrize("level", [30, 225])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_background_whatever_colour_it_hides(
+    level: int, mode: str, tmp_path: Path
+) -> None:
+    pixels = np.full((60, 60, 4), level, np.uint8)
+    pixels[..., 3] = 0
+    pixels[20:40, 10:50, 3] = 255
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image = Image.fromarray((pixels[..., 3] == 0).astype(np.uint8), "P")
+        image.putpalette([level] * 6)
+        image.info["transparency"] = 1
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "cut.png")
+    seen = load_picture(tmp_path / "cut.png", SHAPE).pixels[..., 0]
+    assert (seen[8:20] > 150).all()
+    assert (seen[[0, 1, 2, -3, -2, -1]] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "I;16", "LA"])
+def test_every_kind_of_pixel_gives_the_same_picture(mode: str, tmp_path: Path) -> None:
+    grey = np.full((90, 70), 255, np.uint8)
+    grey[30:80, 20:40] = 0
+    image = Image.fromarray(grey)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = image.convert("RGB").convert(mode) if mode == "CMYK" else image.convert(mode)
+    image.save(tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png"))
+    (path,) = tmp_path.iterdir()
+    expected = np.zeros(SHAPE, np.uint8)
+    expected[:, 8:19] = 255
+    seen = load_picture(path, SHAPE).pixels
+    assert np.abs(seen.astype(int) - expected).max() <= 3
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.eye(28, k=k, dtype=np.uint8) * 255) for k in (0, 9)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    seen = load_picture(tmp_path / "a.gif", SHAPE).pixels[..., 0]
+    np.testing.assert_array_equal(seen > 127, np.eye(28, dtype=bool))
+
+
+def test_the_networks_own_size_is_left_as_it_is() -> None:
+    # A pullover that fills the image has a light border, and is no photo on white.
+    pixels = np.random.default_rng(0).integers(200, 256, SHAPE).astype(np.uint8)
+    picture = normalise(pixels, SHAPE, "auto")
+    np.testing.assert_array_equal(picture.pixels, pixels)
+    assert not picture.inverted
+    picture = normalise(pixels, SHAPE, "yes")
+    np.testing.assert_array_equal(picture.pixels, 255 - pixels)
+    assert picture.inverted
+
+
+def test_inversion_can_be_decided_by_the_user() -> None:
+    auto, yes, no = (load("t-shirt.jpg", invert) for invert in ("auto", "yes", "no"))
+    np.testing.assert_array_equal(auto, yes)
+    assert no[0, 0] > 200 > 60 > no[14, 14]
+    np.testing.assert_array_equal(load("weißes T-Shirt.jpg"), load("weißes T-Shirt.jpg", "no"))
+    with pytest.raises(UserError, match="invert must be one of"):
+        load("t-shirt.jpg", "maybe")
+
+
+def test_resizing_takes_all_pixels_into_account() -> None:
+    # A fine chequerboard would come out as black or white if pixels were only picked.
+    pixels = np.zeros((448, 448, 1), np.uint8)
+    pixels[100:350, 100:350] = 255
+    pixels[100:350:2, 100:350:2] = pixels[101:350:2, 101:350:2] = 0
+    seen = normalise(pixels, SHAPE, "auto").pixels
+    assert (np.abs(seen[4:24, 4:24].astype(int) - 127) < 20).all()
+
+
+def test_a_network_for_colour_gets_colour(tmp_path: Path) -> None:
+    pixels = np.full((40, 80, 3), (250, 240, 230), np.uint8)
+    pixels[10:30, 20:60] = (200, 20, 40)
+    picture = normalise(pixels, (32, 32, 3), "auto")
+    assert not picture.inverted
+    np.testing.assert_allclose(picture.pixels[16, 16], (200, 20, 40), atol=2)
+    np.testing.assert_allclose(picture.pixels[0, 0], (250, 240, 230), atol=2)
+
+
+def test_folders_are_searched_for_pictures(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt", "sub folder/c.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(p.relative_to(tmp_path)) for p in find_files(tmp_path)] == [
+        "a.jpg",
+        "b.PNG",
+        "sub folder/c.webp",
+    ]
+    assert find_files(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+
+
+def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    photo = (FOLDER / "t-shirt.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(photo[: len(photo) // 2])
+    png = bytearray((FOLDER / "trousers.png").read_bytes())
+    png[len(png) // 2 :] = bytes(len(png) // 2)
+    (tmp_path / "broken.png").write_bytes(png)
+    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("L", (300, 200), 255).save(tmp_path / "blank.png")
+    for name, said in {
+        "text.png": "not an image",
+        "half.jpg": "cannot be read: image file is truncated",
+        "broken.png": "cannot be read",
+        "dot.png": "1x1 pixels are too few",
+        "blank.png": "all its pixels are alike",
+        "missing.png": "no such file",
+    }.items():
+        with pytest.raises(UserError, match=said) as raised:
+            load_picture(tmp_path / name, SHAPE)
+        assert str(tmp_path / name) in str(raised.value)
+        assert "\n" not in str(raised.value)
+    (tmp_path / "empty").mkdir()
+    for name, said in {"empty": "no picture in this folder", "nowhere": "no such file"}.items():
+        with pytest.raises(UserError, match=said):
+            find_files(tmp_path / name)
+
+
+@pytest.mark.parametrize("side", [10_500, 20_000])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_would_eat_the_memory_is_refused_unread(side: int, tmp_path: Path) -> None:
+    # Only the head is there: whoever decodes it would complain of that.
+    Image.new("1", (side, side)).save(tmp_path / "huge.png")
+    whole = (tmp_path / "huge.png").read_bytes()
+    (tmp_path / "huge.png").write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"pixels are too many|too many pixels"):
+        load_picture(tmp_path / "huge.png", SHAPE)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_said(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    with pytest.raises(UserError, match="permission denied"):
+        find_files(closed)
+
+
+def test_a_folder_that_cannot_be_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"permission denied\."):
+        find_files(tmp_path)

@@ -1,0 +1,170 @@
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CLASSES
+from PIL import Image
+
+from tinyvgg_jax import Predictor, UserError, load_predictor
+from tinyvgg_jax.data import DatasetInfo, Split, load_splits
+from tinyvgg_jax.evaluate import evaluate
+from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.predict import FilePrediction, _probabilities, predict_files
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+Trained = tuple[Path, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Trained) -> Predictor:
+    return load_predictor(trained[0], "latest")
+
+
+@pytest.fixture(scope="module")
+def test_split(data_dir: Path) -> Split:
+    return load_splits("bars", {"test": "test"}, str(data_dir))[0]["test"]
+
+
+@pytest.fixture
+def files(test_split: Split, tmp_path: Path) -> Path:
+    """The test split as PNG files."""
+    folder = tmp_path / "Bilder, größere"
+    folder.mkdir()
+    for index, image in enumerate(test_split.images):
+        Image.fromarray(image[..., 0]).save(folder / f"{index:03}.png")
+    return folder
+
+
+def test_it_predicts_what_eval_counts(
+    predictor: Predictor, test_split: Split, trained: Trained
+) -> None:
+    labels, probabilities, names = predictor(test_split.images)
+    assert (labels == test_split.labels).mean() == trained[1]["test_accuracy"]
+    assert names == CLASSES
+    assert probabilities.shape == (70, 5)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    expected = evaluate(predictor.model, predictor.params, test_split).probabilities
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_every_shape_and_dtype_of_the_same_image(predictor: Predictor, test_split: Split) -> None:
+    image = test_split.images[3]
+    expected = predictor(test_split.images[3:4]).probabilities
+    assert expected.shape == (1, 5)
+    as_float = image / np.float64(255)
+    for given in (image, image[..., 0], as_float, as_float[None], as_float[..., 0].astype("f2")):
+        np.testing.assert_allclose(predictor(given).probabilities, expected, atol=2e-3)
+    assert predictor(test_split.images[:0]).labels.shape == (0,)
+
+
+def test_what_is_no_image_is_refused(predictor: Predictor) -> None:
+    for shape in [(28, 28), (16, 16, 3), (2, 16, 16), (16,), (1, 1, 16, 16, 1)]:
+        with pytest.raises(ValueError, match=r"must be \[16, 16\]"):
+            predictor(np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match="uint8 or floating, not int64"):
+        predictor(np.zeros((16, 16), np.int64))
+    for value in (2.0, -0.1, np.nan):
+        with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+            predictor(np.full((16, 16), value))
+
+
+def test_any_number_of_images_compiles_once(predictor: Predictor, test_split: Split) -> None:
+    predictor(test_split.images[:2])
+    before = _probabilities._cache_size()  # type: ignore[attr-defined]
+    for number in (3, 64, 65, 70):
+        predictor(test_split.images[:number])
+    assert _probabilities._cache_size() == before  # type: ignore[attr-defined]
+
+
+def test_files_give_what_the_array_gives_to_the_image(
+    predictor: Predictor, test_split: Split, files: Path
+) -> None:
+    answers = list(predict_files(predictor, [files]))
+    assert all(isinstance(answer, FilePrediction) for answer in answers)
+    from_files = np.stack([answer.probabilities for answer in answers])  # type: ignore[union-attr]
+    np.testing.assert_array_equal(from_files, predictor(test_split.images).probabilities)
+    assert [answer.path.name for answer in answers[:2]] == ["000.png", "001.png"]  # type: ignore[union-attr]
+
+
+def test_real_images_as_files_are_predicted_as_from_the_array(
+    real_data: tuple[dict[str, Split], DatasetInfo], tmp_path: Path
+) -> None:
+    splits, info = real_data
+    images = splits["test"].images[:300]
+    model = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    predictor = Predictor(model, params, info.image_shape, info.class_names)
+    for index, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{index:03}.png")
+    answers = list(predict_files(predictor, [tmp_path]))
+    from_files = np.stack([answer.probabilities for answer in answers])  # type: ignore[union-attr]
+    np.testing.assert_array_equal(from_files, predictor(images).probabilities)
+
+
+def test_the_command_line_prints_a_table_and_goes_on_after_a_bad_file(
+    trained: Trained, files: Path, command_line: CommandLine
+) -> None:
+    (files / "001.png").write_text("no picture")
+    done = command_line("--mode=predict", f"--workdir={trained[0]}", files, files / "nowhere")
+    assert done.returncode == 1
+    errors = done.stderr.strip().splitlines()
+    assert len(errors) == 2
+    assert "001.png: not an image" in errors[0]
+    assert "nowhere: no such file" in errors[1]
+    head, *rows = done.stdout.splitlines()
+    assert head.split() == ["class", "second", "guess", "file"]
+    assert len(rows) == 69
+    assert rows[1].endswith("002.png")
+    assert rows[0].split()[0] in CLASSES
+
+
+def test_the_command_line_prints_json(
+    trained: Trained, files: Path, command_line: CommandLine, predictor: Predictor
+) -> None:
+    image = files / "000.png"
+    Image.open(image).resize((40, 40)).save(image)
+    run = ("--mode=predict", f"--workdir={trained[0]}", "--json", "--step=latest")
+    done = command_line(*run, image, "--invert=yes")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    content = json.loads(line)
+    assert content["file"] == str(image)
+    assert content["inverted"] is True
+    assert content["class"] in CLASSES
+    assert content["second_class"] in CLASSES
+    assert 1 >= content["probability"] >= content["second_probability"] >= 0
+
+
+def test_wrong_arguments_are_said(
+    trained: Trained, files: Path, command_line: CommandLine, tmp_path: Path
+) -> None:
+    run = f"--workdir={trained[0]}"
+    for arguments, said in [
+        (("--mode=predict", run), "needs IMAGE"),
+        (("--mode=predict", files), "needs --workdir"),
+        (("--mode=predict", run, files, "--invert=maybe"), "--invert must be auto, yes or no"),
+        (("--mode=predict", run, files, "--step=7"), "no checkpoint of step 7"),
+        (("--mode=predict", f"--workdir={tmp_path}", files), "holds no run"),
+        (("--mode=explain", run, files, files), "takes one picture"),
+        (("--mode=explain", run, files / "nowhere.png"), "no such file"),
+        (("--mode=compare", trained[0]), "two runs or more"),
+        (("--mode=eval", run, files), "unexpected argument"),
+    ]:
+        done = command_line(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert said in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_without_a_checkpoint_is_said(trained: Trained, tmp_path: Path) -> None:
+    for name in ("config.json", "dataset.json"):
+        shutil.copy(trained[0] / name, tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        load_predictor(tmp_path)
