@@ -22,13 +22,16 @@ def test_the_python_snippets_run(
 
     monkeypatch.setattr(quick, "get_config", lambda: config)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     names: dict[str, Any] = {}
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     for snippet in SNIPPETS:
         exec(snippet, names)
     assert names["logits"].shape == (8, 3)
     assert names["views"].shape == (10, 4, 28, 28, 1)
     assert isinstance(names["model"], TinyVGG)
+    assert names["labels"].shape == (8,)
+    assert names["shirt"].inverted
     assert (tmp_path / "runs" / "notebook" / "summary.json").exists()
 
 
