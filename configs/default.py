@@ -18,12 +18,25 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
+    # Runs with this seed, the next, and so on, all at once where that is faster.
+    config.num_seeds = 1
     config.num_epochs = 10
     config.batch_size = 32
     config.learning_rate = 0.01
-    # The learning rate of an epoch is this factor times that of the epoch before.
+    # "exponential": an epoch's rate is `learning_rate_decay` times that of the epoch before;
+    # "cosine" or "linear": from `learning_rate` to 0. Before it, a linear rise from 0.
+    config.schedule = "exponential"
     config.learning_rate_decay = 0.8
+    config.warmup_epochs = 0.0
+    # "sgd" or "muon". Weight decay is not of biases; gradients are clipped by their global norm.
+    config.optimizer = "sgd"
     config.momentum = 0.9
+    config.nesterov = False
+    config.weight_decay = 0.0
+    config.gradient_clipping = 0.0
+    config.label_smoothing = 0.0
+    # Of a moving average of the parameters, which is what is evaluated then.
+    config.ema_decay = 0.0
     # Of the computation: "float32" or "bfloat16". Parameters and loss stay float32.
     config.dtype = "float32"
     # Whether to write a trace of some steps to WORKDIR/profile, for XProf or Perfetto.
@@ -33,10 +46,17 @@ def get_config() -> ConfigDict:
     config.model.widths = (64, 128, 256)
     config.model.convs_per_block = 2
     config.model.hidden = 256
+    config.model.dropout = 0.0
+    config.model.kernel_init = "lecun_normal"
 
     config.augment = ConfigDict()
     config.augment.rotation_degrees = 10.0
     config.augment.horizontal_flip = True
+    # Instead of at random, each image is mirrored every other epoch.
+    config.augment.alternating_flip = False
+    config.augment.shift_pixels = 0
+    config.augment.cutout_size = 0
+    config.augment.mixup_alpha = 0.0
 
     config.data = ConfigDict()
     config.data.name = "fashion_mnist"

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
+from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
 
 
 def test_the_rate_changes_at_the_borders_of_epochs_and_only_there() -> None:
@@ -12,7 +12,7 @@ def test_the_rate_changes_at_the_borders_of_epochs_and_only_there() -> None:
 
 
 def test_momentum_is_heavy_ball() -> None:
-    optimizer = sgd(learning_rate_schedule(0.1, 1.0, 1), momentum=0.9)
+    optimizer = make_optimizer(learning_rate_schedule(0.1, 1.0, 1), momentum=0.9)
     params, velocity = jnp.array(1.0), 0.0
     expected = 1.0
     state = optimizer.init(params)

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 from tinyvgg_jax import TinyVGG, data, train
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.data import Batch, Split, fits_on_device
-from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
-from tinyvgg_jax.pipeline import DevicePipeline, StreamPipeline
+from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
+from tinyvgg_jax.pipeline import DevicePipeline, Keys, StreamPipeline
 from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step
 from tinyvgg_jax.train import train_and_evaluate
 
 SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
-OPTIMIZER = sgd(learning_rate_schedule(0.05, 0.8, 13), 0.9)
+OPTIMIZER = make_optimizer(learning_rate_schedule(0.05, 0.8, 13), 0.9)
 # 13 steps of 5 examples, and 2 examples left over.
 NUMBER, BATCH_SIZE, STEPS = 67, 5, 13
 
@@ -29,12 +29,16 @@ def make_split() -> Split:
     return Split(images, rng.integers(5, size=NUMBER).astype(np.int32))
 
 
-def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
     rotated = partial(augment, rotation_degrees=10.0, horizontal_flip=True)
-    return make_train_step(SMALL, OPTIMIZER, rotated)(state, batch, jax.random.key(5))
+    return make_train_step(SMALL, OPTIMIZER, rotated)(state, batch, key)
 
 
-def seeing(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def keys(seed: int = 3) -> Keys:
+    return Keys(order=jax.random.key(seed), step=jax.random.key(seed + 2))
+
+
+def seeing(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
     """A step whose parameters are the sum of all labels and pixels it saw, weighted by when."""
     seen = batch.labels.sum() + batch.images.astype(jnp.int32).sum()
     params = state.params + (state.step + 1) * seen
@@ -59,11 +63,11 @@ def run(pipeline: Any, state: TrainState, sums: Metrics, epoch: int, first_step:
 
 @pytest.mark.parametrize("steps_per_call", [1, 4, 5, 100])
 def test_stream_and_device_end_in_the_same_parameters(steps_per_call: int) -> None:
-    split, key = make_split(), jax.random.key(3)
+    split = make_split()
     ends = []
     for pipeline in (
-        StreamPipeline(step, split, BATCH_SIZE, key),
-        DevicePipeline(step, split, BATCH_SIZE, key, steps_per_call),
+        StreamPipeline(step, split, BATCH_SIZE, keys()),
+        DevicePipeline(step, split, BATCH_SIZE, keys(), steps_per_call),
     ):
         state, sums = beginning()
         for epoch in (0, 1):
@@ -83,12 +87,12 @@ def test_stream_and_device_end_in_the_same_parameters(steps_per_call: int) -> No
 @pytest.mark.parametrize("first_step", [0, 3, 12])
 def test_the_batches_are_the_same_from_any_step_on(steps_per_call: int, first_step: int) -> None:
     """Exactly: the step adds up what it sees as whole numbers."""
-    split, key = make_split(), jax.random.key(3)
+    split = make_split()
     epoch = 2
     ends = []
     for pipeline in (
-        StreamPipeline(seeing, split, BATCH_SIZE, key),
-        DevicePipeline(seeing, split, BATCH_SIZE, key, steps_per_call),
+        StreamPipeline(seeing, split, BATCH_SIZE, keys()),
+        DevicePipeline(seeing, split, BATCH_SIZE, keys(), steps_per_call),
     ):
         state = TrainState(jnp.int32(epoch * STEPS + first_step), jnp.int32(0), ())
         ends.append(run(pipeline, state, Metrics.zero(), epoch, first_step))
@@ -98,7 +102,7 @@ def test_the_batches_are_the_same_from_any_step_on(steps_per_call: int, first_st
 
 
 def test_calls_are_of_one_length_and_say_how_far_they_are() -> None:
-    pipeline = DevicePipeline(seeing, make_split(), BATCH_SIZE, jax.random.key(3), 5)
+    pipeline = DevicePipeline(seeing, make_split(), BATCH_SIZE, keys(), 5)
     state = TrainState(jnp.int32(0), jnp.int32(0), ())
     assert run(pipeline, state, Metrics.zero(), 0)[2] == [5, 10, 13]
 
@@ -106,7 +110,7 @@ def test_calls_are_of_one_length_and_say_how_far_they_are() -> None:
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_nothing_moves_to_or_from_the_device_inside_an_epoch(steps_per_call: int) -> None:
     """Beyond what was asked for by name: the epoch's number, and where it ends."""
-    pipeline = DevicePipeline(step, make_split(), BATCH_SIZE, jax.random.key(3), steps_per_call)
+    pipeline = DevicePipeline(step, make_split(), BATCH_SIZE, keys(), steps_per_call)
     state, sums = beginning()
     with jax.transfer_guard("disallow"):
         state, sums, _ = run(pipeline, state, sums, 0)
@@ -119,7 +123,7 @@ def test_nothing_moves_to_or_from_the_device_inside_an_epoch(steps_per_call: int
 
 
 def test_the_guard_of_that_test_does_guard() -> None:
-    pipeline = DevicePipeline(step, make_split(), BATCH_SIZE, jax.random.key(3), 4)
+    pipeline = DevicePipeline(step, make_split(), BATCH_SIZE, keys(), 4)
     with pytest.raises(Exception, match="Disallowed"), jax.transfer_guard("disallow_explicit"):
         run(pipeline, *beginning(), epoch=0)
 

@@ -10,14 +10,15 @@ import pytest
 from tinyvgg_jax import TinyVGG
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.data import Batch
+from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import apply
-from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
-from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step, named_key
+from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
+from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step
 
 SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
 
 
-def no_augmentation(key: jax.Array, images: jax.Array) -> jax.Array:
+def no_augmentation(key: jax.Array, images: jax.Array, step: jax.Array) -> jax.Array:
     return images
 
 
@@ -33,7 +34,7 @@ def draw_batch(size: int = 6) -> Batch:
 
 def test_one_step_is_pinned() -> None:
     """If you meant to change the model, its initialisation, the loss or the step, update this."""
-    optimizer = sgd(learning_rate_schedule(0.01, 0.9, 10), 0.9)
+    optimizer = make_optimizer(learning_rate_schedule(0.01, 0.9, 10), 0.9)
     state = initial(optimizer)
     rotated = partial(augment, rotation_degrees=10.0, horizontal_flip=True)
     step = jax.jit(make_train_step(SMALL, optimizer, rotated))
@@ -70,7 +71,7 @@ def test_the_step_is_gradient_descent_on_the_mean_cross_entropy() -> None:
 def test_the_augmentation_gets_a_key_of_its_own_at_each_step_and_images_in_0_to_1() -> None:
     seen: list[tuple[bytes, float]] = []
 
-    def spy(key: jax.Array, images: jax.Array) -> jax.Array:
+    def spy(key: jax.Array, images: jax.Array, step: jax.Array) -> jax.Array:
         seen.append((jax.random.key_data(key).tobytes(), float(images.max())))
         return images
 

@@ -12,27 +12,62 @@ from ml_collections import ConfigDict
 from tinyvgg_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("sgd", "muon")
+SCHEDULES = ("exponential", "cosine", "linear")
+KERNEL_INITS = ("lecun_normal", "he_normal", "orthogonal")
 PIPELINES = ("auto", "device", "stream")
 # Where the data lies is not part of what a run computes.
 _NOT_COMPARED = ("profile", "data.data_dir", "data.source_dir")
 # What was true of configs before these fields came.
-_ONCE: dict[str, Any] = {"profile": False}
+_ONCE: dict[str, Any] = {
+    "profile": False,
+    "num_seeds": 1,
+    "optimizer": "sgd",
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "gradient_clipping": 0.0,
+    "schedule": "exponential",
+    "warmup_epochs": 0.0,
+    "label_smoothing": 0.0,
+    "ema_decay": 0.0,
+    "model.dropout": 0.0,
+    "model.kernel_init": "lecun_normal",
+    "augment.alternating_flip": False,
+    "augment.shift_pixels": 0,
+    "augment.cutout_size": 0,
+    "augment.mixup_alpha": 0.0,
+}
 
 # Every field and its type.
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
+    "num_seeds": int,
     "num_epochs": int,
     "batch_size": int,
     "learning_rate": float,
     "learning_rate_decay": float,
+    "schedule": str,
+    "warmup_epochs": float,
+    "optimizer": str,
     "momentum": float,
+    "nesterov": bool,
+    "weight_decay": float,
+    "gradient_clipping": float,
+    "label_smoothing": float,
+    "ema_decay": float,
     "dtype": str,
     "profile": bool,
     "model.widths": tuple,
     "model.convs_per_block": int,
     "model.hidden": int,
+    "model.dropout": float,
+    "model.kernel_init": str,
     "augment.rotation_degrees": float,
     "augment.horizontal_flip": bool,
+    "augment.alternating_flip": bool,
+    "augment.shift_pixels": int,
+    "augment.cutout_size": int,
+    "augment.mixup_alpha": float,
     "data.name": str,
     "data.data_dir": (str, type(None)),
     "data.source_dir": (str, type(None)),
@@ -144,7 +179,22 @@ def _check_ranges(values: dict[str, Any]) -> None:
     require("seed", 0 <= values["seed"] < 2**32, "from 0 to 4294967295")
     for name in ("learning_rate", "learning_rate_decay"):
         require(name, math.isfinite(values[name]) and values[name] > 0, "a positive number")
-    require("momentum", 0 <= values["momentum"] < 1, "at least 0 and less than 1")
+    require("num_seeds", 1 <= values["num_seeds"] <= 1000, "from 1 to 1000")
+    require("seed", values["seed"] + values["num_seeds"] <= 2**32, "low enough for all seeds")
+    for name in ("momentum", "label_smoothing", "ema_decay", "model.dropout"):
+        require(name, 0 <= values[name] < 1, "at least 0 and less than 1")
+    for name in ("weight_decay", "gradient_clipping", "augment.mixup_alpha"):
+        require(name, 0 <= values[name] < math.inf, "0 or a positive number")
+    warmup, epochs = values["warmup_epochs"], values["num_epochs"]
+    require("warmup_epochs", 0 <= warmup <= epochs, "from 0 to config.num_epochs")
+    for name in ("augment.shift_pixels", "augment.cutout_size"):
+        require(name, 0 <= values[name] <= 10_000, "from 0 to 10,000")
+    for name, known in (
+        ("optimizer", OPTIMIZERS),
+        ("schedule", SCHEDULES),
+        ("model.kernel_init", KERNEL_INITS),
+    ):
+        require(name, values[name] in known, "one of " + ", ".join(known))
     require("dtype", values["dtype"] in DTYPES, "one of " + ", ".join(DTYPES))
     widths = values["model.widths"]
     whole = all(type(width) is int and 1 <= width <= 100_000 for width in widths)

@@ -9,6 +9,14 @@ from jax import Array
 
 from tinyvgg_jax.convolution import convolution_relu
 
+# Of variance 1 / fan-in (Flax's own choice); twice that, for ReLU (He et al., arXiv:1502.01852);
+# and orthogonal, with the gain for ReLU (Saxe et al., arXiv:1312.6120).
+KERNEL_INITS = {
+    "lecun_normal": nn.initializers.lecun_normal(),
+    "he_normal": nn.initializers.he_normal(),
+    "orthogonal": nn.initializers.orthogonal(scale=2**0.5),
+}
+
 
 def max_pool_2x2(x: Array) -> Array:
     """The maximum of each 2x2 square; an odd last row or column is left out.
@@ -32,32 +40,38 @@ class ConvReLU(nn.Module):
     Attributes:
         features: number of filters.
         dtype: dtype of the computation; the parameters are float32.
+        kernel_init: one of `KERNEL_INITS`.
     """
 
     features: int
     dtype: Any = jnp.float32
+    kernel_init: str = "lecun_normal"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[B, H, W, C]` to `[B, H, W, features]`."""
         shape = (3, 3, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", KERNEL_INITS[self.kernel_init], shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return convolution_relu(*(a.astype(self.dtype) for a in (x, kernel, bias)))
 
 
-def apply(model: nn.Module, params: Any, images: Array) -> Array:
+def apply(model: nn.Module, params: Any, images: Array, dropout_key: Array | None = None) -> Array:
     """`model.apply` for a model whose variables are its parameters.
 
     Args:
         model: the network.
         params: its parameters.
         images: `[B, H, W, C]`, floating, in [0, 1].
+        dropout_key: for training with dropout; without it nothing is dropped.
 
     Returns:
         `[B, num_classes]` float32 logits.
     """
-    return cast(Array, model.apply({"params": params}, images))
+    if dropout_key is None:
+        return cast(Array, model.apply({"params": params}, images))
+    rngs = {"dropout": dropout_key}
+    return cast(Array, model.apply({"params": params}, images, train=True, rngs=rngs))
 
 
 class TinyVGG(nn.Module):
@@ -72,6 +86,8 @@ class TinyVGG(nn.Module):
         hidden: width of the dense layer before the last.
         num_classes: number of logits.
         dtype: dtype of the computation; the logits are float32 whatever it is.
+        dropout: share of its inputs that each dense layer does without in training.
+        kernel_init: one of `KERNEL_INITS`, for all kernels but the last.
     """
 
     widths: Sequence[int] = (64, 128, 256)
@@ -79,19 +95,26 @@ class TinyVGG(nn.Module):
     hidden: int = 256
     num_classes: int = 10
     dtype: Any = jnp.float32
+    dropout: float = 0.0
+    kernel_init: str = "lecun_normal"
 
     def setup(self) -> None:
         for block, width in enumerate(self.widths, start=1):
             for layer in range(1, self.convs_per_block + 1):
-                setattr(self, f"conv{block}_{layer}", ConvReLU(width, self.dtype))
-        self.dense = nn.Dense(self.hidden, dtype=self.dtype)
+                convolution = ConvReLU(width, self.dtype, self.kernel_init)
+                setattr(self, f"conv{block}_{layer}", convolution)
+        kernel_init = KERNEL_INITS[self.kernel_init]
+        self.dense = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=kernel_init)
+        self.drop = nn.Dropout(self.dropout)
         self.logits = nn.Dense(self.num_classes, dtype=self.dtype)
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array, train: bool = False) -> Array:
         """Computes the logits.
 
         Args:
             images: `[B, H, W, C]`, floating, in [0, 1].
+            train: whether to drop inputs of the dense layers, if the network has dropout; it
+                needs a key named "dropout".
 
         Returns:
             `[B, num_classes]` float32 logits.
@@ -100,7 +123,7 @@ class TinyVGG(nn.Module):
             ValueError: if `images` does not have four dimensions, or its height or width is
                 less than 2 to the number of blocks, so that nothing is left after pooling.
         """
-        return self.classify(self.activations(images)[-1])
+        return self.classify(self.activations(images)[-1], train)
 
     def activations(self, images: Array) -> list[Array]:
         """What each block's last convolution answers: `[B, H / 2**i, W / 2**i, widths[i]]`.
@@ -123,8 +146,9 @@ class TinyVGG(nn.Module):
             answers.append(x)
         return answers
 
-    def classify(self, x: Array) -> Array:
+    def classify(self, x: Array, train: bool = False) -> Array:
         """From the last of the `activations` to `[B, num_classes]` float32 logits."""
         x = max_pool_2x2(x)
-        x = nn.relu(self.dense(x.reshape(x.shape[0], -1)))
+        x = self.drop(x.reshape(x.shape[0], -1), deterministic=not train)
+        x = self.drop(nn.relu(self.dense(x)), deterministic=not train)
         return cast(Array, self.logits(x)).astype(jnp.float32)

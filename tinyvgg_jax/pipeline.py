@@ -20,7 +20,19 @@ from tinyvgg_jax.step import Metrics, TrainState
 # Steps in one call where calls cost more than steps: about a tenth of a second's on a GPU.
 _STEPS_PER_CALL = 100
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
+
+
+class Keys(NamedTuple):
+    """What the randomness of a run's epochs comes from; of K runs at once, `[K]` keys each.
+
+    Attributes:
+        order: of the data order.
+        step: handed to every step.
+    """
+
+    order: Array
+    step: Array
 
 
 class Progress(NamedTuple):
@@ -42,15 +54,15 @@ class Progress(NamedTuple):
 class StreamPipeline:
     """Batches come from the host, one call a step, transferred while the device works."""
 
-    def __init__(self, step: Step, split: Split, batch_size: int, order_key: Array):
-        """Args: the pure step, the examples, B, and the key of the data order."""
-        self._split, self._batch_size, self._order_key = split, batch_size, order_key
+    def __init__(self, step: Step, split: Split, batch_size: int, keys: Keys):
+        """Args: the pure step, the examples, B, and a run's keys."""
+        self._split, self._batch_size, self._order_key = split, batch_size, keys.order
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def update(
             state: TrainState, sums: Metrics, batch: Batch
         ) -> tuple[TrainState, Metrics, Array]:
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, keys.step)
             return state, sums.plus(metrics), metrics.loss
 
         self._update = update
@@ -67,19 +79,23 @@ class StreamPipeline:
 
 
 class DevicePipeline:
-    """The images stay on the device, and many steps run in one call."""
+    """The images stay on the device, and many steps run in one call, of many runs if wanted.
+
+    Of K runs, states and sums have a leading axis of K; each has its own keys, and all are at the
+    same step.
+    """
 
     def __init__(
         self,
         step: Step,
         split: Split,
         batch_size: int,
-        order_key: Array,
+        keys: Keys,
         steps_per_call: int | None = None,
     ):
         """Args: as for `StreamPipeline`; and steps in a call, by default what suits the device."""
         self._data = resident(split)
-        self._order_key, self._size = order_key, len(split)
+        self._keys, size = keys, len(split)
         self._steps = steps = len(split) // batch_size
         if steps_per_call is None:
             # A step takes a CPU long, and its loops are not compiled as well.
@@ -88,40 +104,45 @@ class DevicePipeline:
         self._length = length = math.ceil(steps / math.ceil(steps / steps_per_call))
 
         def one_step(
-            state: TrainState, sums: Metrics, data: Batch, order: Array, end: Array
+            state: TrainState, sums: Metrics, data: Batch, order: Array, end: Array, key: Array
         ) -> tuple[TrainState, Metrics]:
             first = (state.step - (end - steps)) * batch_size
             chosen = lax.dynamic_slice_in_dim(order, first, batch_size)
-            state, metrics = step(state, Batch(data.images[chosen], data.labels[chosen]))
+            state, metrics = step(state, Batch(data.images[chosen], data.labels[chosen]), key)
             return state, sums.plus(metrics)
 
-        @partial(jax.jit, donate_argnums=(0, 1))
         def update(
-            state: TrainState, sums: Metrics, data: Batch, order: Array, end: Array
+            state: TrainState, sums: Metrics, data: Batch, order: Array, end: Array, key: Array
         ) -> tuple[TrainState, Metrics, Array]:
             def body(
                 carry: tuple[TrainState, Metrics], _: None
             ) -> tuple[tuple[TrainState, Metrics], None]:
-                new = one_step(*carry, data, order, end)
+                new = one_step(*carry, data, order, end, key)
                 # The last call may have steps too many: they change nothing.
                 wanted = carry[0].step < end
                 return jax.tree.map(lambda n, o: jnp.where(wanted, n, o), new, carry), None
 
             if length == 1:
-                state, sums = one_step(state, sums, data, order, end)
+                state, sums = one_step(state, sums, data, order, end, key)
             else:
                 (state, sums), _ = lax.scan(body, (state, sums), length=length)
             return state, sums, sums.examples
 
-        self._update = update
-        self._order = jax.jit(lambda key, epoch: epoch_order(key, epoch, self._size))
+        def order(key: Array, epoch: Array) -> Array:
+            return epoch_order(key, epoch, size)
+
+        if keys.order.ndim:
+            update = jax.vmap(update, in_axes=(0, 0, None, 0, None, 0))
+            order = jax.vmap(order, in_axes=(0, None))
+        self._update = jax.jit(update, donate_argnums=(0, 1))
+        self._order = jax.jit(order)
 
     def epoch(
         self, state: TrainState, sums: Metrics, epoch: int, first_step: int
     ) -> Iterator[Progress]:
         """Takes the epoch's steps from `first_step` on, both counted from 0."""
-        order = self._order(self._order_key, jax.device_put(np.int32(epoch)))
+        order = self._order(self._keys.order, jax.device_put(np.int32(epoch)))
         end = jax.device_put(np.int32((epoch + 1) * self._steps))
         for step in range(first_step, self._steps, self._length):
-            state, sums, done = self._update(state, sums, self._data, order, end)
+            state, sums, done = self._update(state, sums, self._data, order, end, self._keys.step)
             yield Progress(state, sums, done, min(step + self._length, self._steps))

@@ -63,11 +63,17 @@ class Progress:
         self._bar.close()
 
 
-def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
-    """One line on a finished epoch, from its record in metrics.jsonl."""
+def epoch_line(records: list[dict[str, Any]], num_epochs: int) -> str:
+    """One line on a finished epoch, from its records in metrics.jsonl: means, if several."""
+    record = {
+        name: sum(one[name] for one in records) / len(records)
+        for name, value in records[0].items()
+        if isinstance(value, float)
+    }
     return (
-        f"epoch {record['epoch']}/{num_epochs}: "
-        f"train loss {record['train_loss']:.4f}, accuracy {record['train_accuracy']:.2%}; "
+        f"epoch {records[0]['epoch']}/{num_epochs}: "
+        + (f"mean of {len(records)} seeds, " if len(records) > 1 else "")
+        + f"train loss {record['train_loss']:.4f}, accuracy {record['train_accuracy']:.2%}; "
         f"validation loss {record['validation_loss']:.4f}, "
         f"accuracy {record['validation_accuracy']:.2%}; "
         f"{record['seconds']:.1f} s, {record['images_per_second']:,.0f} images/s"
@@ -100,11 +106,17 @@ def tensorboard_scalars(writer: Any, record: dict[str, Any]) -> None:
 def summary_table(summary: dict[str, Any], workdir: Path) -> str:
     """The accuracies of a finished run, beside the paper's if they are of its dataset."""
     is_papers = summary["dataset"] == "fashion_mnist"
-    lines = ["split         accuracy    loss" + "      the paper" * is_papers]
+    seeds, n = summary.get("seeds"), summary.get("num_seeds")
+    head = "split         accuracy    loss" + "      the paper" * is_papers
+    lines = [head + f"    of {n} seeds: std, 95 % interval of the mean" * bool(seeds)]
     for split, paper in PAPER.items():
         accuracy, loss = summary[f"{split}_accuracy"], summary[f"{split}_loss"]
-        line = f"{split:<12}  {accuracy:>7.2%}    {loss:.4f}"
-        lines.append(line + f"    {paper:.1f}%" * is_papers)
+        line = f"{split:<12}  {accuracy:>7.2%}    {loss:.4f}" + f"    {paper:.1f}%" * is_papers
+        if seeds:
+            found = seeds[f"{split}_accuracy"]
+            low, high = found["interval"]
+            line += f"{'':<8} {found['std']:.2%}, {low:.2%} to {high:.2%}"
+        lines.append(line)
     lines.append(
         f"{summary['parameters']:,} parameters, {summary['seconds']:,.0f} s of training on "
         f"{summary['device']}; all in {workdir}"

@@ -35,6 +35,8 @@ def build_model(config: ConfigDict, info: DatasetInfo) -> TinyVGG:
         hidden=config.model.hidden,
         num_classes=len(info.class_names),
         dtype=jnp.dtype(config.dtype),
+        dropout=config.model.dropout,
+        kernel_init=config.model.kernel_init,
     )
 
 

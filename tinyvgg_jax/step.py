@@ -1,6 +1,5 @@
 """The pure train step: state, batch and key in, state and summed metrics out."""
 
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from tinyvgg_jax.augment import mixup
 from tinyvgg_jax.data import Batch
+from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import TinyVGG, apply
 
 
@@ -25,11 +26,18 @@ class TrainState(NamedTuple):
         step: int32 scalar, optimizer steps taken.
         params: tree of float32 arrays.
         opt_state: Optax's state.
+        average: of the parameters so far, the same tree; None where none is kept.
     """
 
     step: Array
     params: Any
     opt_state: Any
+    average: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that evaluations and checkpoints are of."""
+        return self.params if self.average is None else self.average
 
 
 class Metrics(NamedTuple):
@@ -63,35 +71,55 @@ class Metrics(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
-Augmentation = Callable[[Array, Array], Array]
-
-
-def named_key(key: Array, name: str) -> Array:
-    """The key for one purpose: `key` with a hash of the purpose's name folded in."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+# (key, images [B, H, W, C] float, optimizer steps taken) -> images
+Augmentation = Callable[[Array, Array, Array], Array]
 
 
 def make_train_step(
-    model: TinyVGG, optimizer: optax.GradientTransformation, augmentation: Augmentation
+    model: TinyVGG,
+    optimizer: optax.GradientTransformation,
+    augmentation: Augmentation,
+    *,
+    label_smoothing: float = 0.0,
+    mixup_alpha: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
     """Makes the pure function that takes one optimizer step.
 
     Args:
         model: the network.
         optimizer: updates its parameters.
-        augmentation: `(key, images [B, H, W, C] float) -> images`.
+        augmentation: `(key, images [B, H, W, C] float, steps taken) -> images`.
+        label_smoothing: share of each target that is spread over all classes.
+        mixup_alpha: see `augment.mixup`; 0 mixes nothing.
+        ema_decay: of the exponential moving average of the parameters in `TrainState.average`;
+            with 0 it is left as it is. It counts what it has seen: after t steps the decay is
+            at most (1 + t) / (10 + t).
 
     Returns:
         `(state, batch, key) -> (state, metrics)`, to be jitted. The augmentation's key is
-        `key` with the step's number folded in.
+        `key` with the step's number folded in. The metrics' loss and correct predictions are of
+        what was trained on, mixed images and smoothed targets included.
     """
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        images = augmentation(jax.random.fold_in(key, state.step), to_float(batch.images))
+        key = jax.random.fold_in(key, state.step)
+        images = augmentation(key, to_float(batch.images), state.step)
+        targets = None
+        if label_smoothing or mixup_alpha:
+            targets = jax.nn.one_hot(batch.labels, model.num_classes)
+            targets = optax.smooth_labels(targets, label_smoothing)
+        if mixup_alpha:
+            assert targets is not None
+            images, targets = mixup(named_key(key, "mixup"), images, targets, mixup_alpha)
+        dropout_key = named_key(key, "dropout") if model.dropout else None
 
         def mean_loss(params: Any) -> tuple[Array, Array]:
-            logits = apply(model, params, images)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            logits = apply(model, params, images, dropout_key)
+            if targets is None:
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            else:
+                losses = optax.softmax_cross_entropy(logits, targets)
             return losses.mean(), logits
 
         (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -104,7 +132,11 @@ def make_train_step(
             examples=jnp.int32(len(batch.labels)),
             diverged_at=jnp.where(jnp.isfinite(loss), 0, step),
         )
-        return TrainState(step, params, opt_state), metrics
+        average = state.average
+        if ema_decay:
+            decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
+            average = optax.incremental_update(params, average, 1 - decay)
+        return TrainState(step, params, opt_state, average), metrics
 
     return train_step
 
@@ -114,7 +146,18 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: Array,
     image_shape: tuple[int, int, int],
+    average: bool = False,
 ) -> TrainState:
-    """The state before the first step; pure, so that it also works under `jax.eval_shape`."""
+    """The state before the first step; pure, so that it also works under `jax.eval_shape`.
+
+    Args:
+        model: the network.
+        optimizer: of its parameters.
+        key: a PRNG key.
+        image_shape: `(H, W, C)`.
+        average: whether to keep an average of the parameters.
+    """
     params = model.init(key, jnp.zeros((1, *image_shape)))["params"]
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    # A buffer of its own: both are given up to the first step.
+    copy = jax.tree.map(jnp.copy, params) if average else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), copy)

@@ -1,4 +1,4 @@
-"""Training: the pure step, the epoch loop, and a run from its config to its summary."""
+"""Training: a run, or several at once, from its config to its summary."""
 
 import contextlib
 import dataclasses
@@ -23,18 +23,19 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax import reporting
+from tinyvgg_jax import reporting, seeds
 from tinyvgg_jax.augment import augment
-from tinyvgg_jax.checkpoint import Checkpoints
+from tinyvgg_jax.checkpoint import Checkpoints, Restored
 from tinyvgg_jax.data import DatasetInfo, Split, fits_on_device, load_splits
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.evaluate import SPLITS, evaluate
+from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import TinyVGG
-from tinyvgg_jax.optimizer import learning_rate_schedule, sgd
-from tinyvgg_jax.pipeline import DevicePipeline, StreamPipeline
+from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
+from tinyvgg_jax.pipeline import DevicePipeline, Keys, StreamPipeline
 from tinyvgg_jax.profiling import Profile
 from tinyvgg_jax.runs import build_model
-from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step, named_key
+from tinyvgg_jax.step import Metrics, TrainState, TrainStep, init_state, make_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +67,29 @@ class _Run:
 
     @functools.cached_property
     def pipeline(self) -> StreamPipeline | DevicePipeline:
-        settings = self.config.augment.to_dict()
-        step = make_train_step(self.model, self.optimizer, functools.partial(augment, **settings))
-        key = named_key(self.key, "augment")
         kind = DevicePipeline if self.on_device else StreamPipeline
-        return kind(
-            lambda state, batch: step(state, batch, key),
-            self.splits["train"],
-            self.config.batch_size,
-            named_key(self.key, "order"),
+        return kind(self.step, self.splits["train"], self.config.batch_size, self.keys)
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(order=named_key(self.key, "order"), step=named_key(self.key, "augment"))
+
+    @property
+    def step(self) -> TrainStep:
+        config, steps_per_epoch = self.config, self.steps_per_epoch
+        settings = config.augment.to_dict()
+        mixup_alpha = settings.pop("mixup_alpha")
+
+        def augmentation(key: Array, images: Array, step: Array) -> Array:
+            return augment(key, images, step // steps_per_epoch, **settings)
+
+        return make_train_step(
+            self.model,
+            self.optimizer,
+            augmentation,
+            label_smoothing=config.label_smoothing,
+            mixup_alpha=mixup_alpha,
+            ema_decay=config.ema_decay,
         )
 
     @functools.cached_property
@@ -92,6 +107,15 @@ class _Position:
     sums: Metrics
     seconds: float  # of training in this epoch so far
     history: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """One of the runs that are trained together; mostly the only one."""
+
+    run: _Run
+    position: _Position
+    checkpoints: Checkpoints
 
 
 def train_and_evaluate(
@@ -117,13 +141,64 @@ def train_and_evaluate(
     config = config_lib.validated(config)
     workdir = Path(workdir).expanduser().absolute()
     _refuse_another_run(workdir, config)
-    run = _assemble(config, workdir)
+    if config.num_seeds == 1:
+        return _train_alone(config, workdir)
     with _writing_to(workdir), _alone_in(workdir):
-        _describe(run)
-        with Checkpoints(workdir / "checkpoints") as checkpoints:
-            position = _start(run, checkpoints)
-            _train(run, position, checkpoints)
-        return _finish(run, position)
+        reporting.write_atomically(workdir / "config.json", config_lib.to_json(config))
+        members = {workdir / name: one for name, one in seeds.members(config).items()}
+        summaries = _train_seeds(members)
+        summary = seeds.summarise(summaries)
+        reporting.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _train_alone(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    return _train_together({workdir: config})[0]
+
+
+def _train_seeds(members: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
+    """All at once on an accelerator, if there is room; else one after another."""
+    if _at_once(members):
+        try:
+            return _train_together(members)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            logger.warning("The device has no room for all seeds at once; one after another.")
+    return [_train_alone(config, workdir) for workdir, config in members.items()]
+
+
+def _at_once(members: dict[Path, ConfigDict]) -> bool:
+    # A CPU is busy with one network already, and convolutions with a kernel for each image of
+    # a batch are slow there.
+    wanted = next(iter(members.values())).data.pipeline
+    return jax.default_backend() != "cpu" and wanted != "stream"
+
+
+def _train_together(members: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
+    """Trains runs that differ in their seeds only, in one program, and gives their summaries."""
+    with contextlib.ExitStack() as stack:
+        together = []
+        splits = None
+        for workdir, config in members.items():
+            _refuse_another_run(workdir, config)
+            run = _assemble(config, workdir, splits)
+            splits = (run.splits, run.info)
+            stack.enter_context(_writing_to(workdir))
+            stack.enter_context(_alone_in(workdir))
+            _describe(run)
+            together.append(run)
+        with contextlib.ExitStack() as open_checkpoints:
+            started = []
+            for run in together:
+                checkpoints = Checkpoints(run.workdir / "checkpoints")
+                open_checkpoints.enter_context(checkpoints)
+                started.append(_Member(run, _start(run, checkpoints), checkpoints))
+            steps = {int(member.position.state.step) for member in started}
+            # An interruption between two saves leaves some behind.
+            for group in [started] if len(steps) == 1 else [[member] for member in started]:
+                _train(group)
+        return [_finish(member.run, member.position) for member in started]
 
 
 def _refuse_another_run(workdir: Path, config: ConfigDict) -> None:
@@ -172,11 +247,12 @@ def _writing_to(workdir: Path) -> Iterator[None]:
         raise UserError(f"cannot write to {workdir}: {error.strerror or error}.") from error
 
 
-def _assemble(config: ConfigDict, workdir: Path) -> _Run:
-    wanted = {name: config.data[f"{name}_split"] for name in ("train", "validation", "test")}
-    splits, info = load_splits(
-        config.data.name, wanted, config.data.data_dir, config.data.source_dir
-    )
+def _assemble(
+    config: ConfigDict, workdir: Path, loaded: tuple[dict[str, Split], DatasetInfo] | None = None
+) -> _Run:
+    data = config.data
+    wanted = {name: data[f"{name}_split"] for name in SPLITS}
+    splits, info = loaded or load_splits(data.name, wanted, data.data_dir, data.source_dir)
     size = len(splits["train"])
     if config.batch_size > size:
         raise UserError(
@@ -184,7 +260,20 @@ def _assemble(config: ConfigDict, workdir: Path) -> _Run:
             f"{config.data.train_split!r}."
         )
     schedule = learning_rate_schedule(
-        config.learning_rate, config.learning_rate_decay, size // config.batch_size
+        config.learning_rate,
+        config.learning_rate_decay,
+        size // config.batch_size,
+        kind=config.schedule,
+        num_epochs=config.num_epochs,
+        warmup_epochs=config.warmup_epochs,
+    )
+    optimizer = make_optimizer(
+        schedule,
+        config.momentum,
+        kind=config.optimizer,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        gradient_clipping=config.gradient_clipping,
     )
     return _Run(
         config=config,
@@ -193,18 +282,23 @@ def _assemble(config: ConfigDict, workdir: Path) -> _Run:
         info=info,
         model=build_model(config, info),
         schedule=schedule,
-        optimizer=sgd(schedule, config.momentum),
+        optimizer=optimizer,
         key=jax.random.key(config.seed),
     )
 
 
 def _start(run: _Run, checkpoints: Checkpoints) -> _Position:
     """The newest checkpoint's position, or the beginning."""
-    shape = run.info.image_shape
-    init = functools.partial(init_state, run.model, run.optimizer, image_shape=shape)
+    init = functools.partial(
+        init_state,
+        run.model,
+        run.optimizer,
+        image_shape=run.info.image_shape,
+        average=run.config.ema_decay > 0,
+    )
     key = named_key(run.key, "init")
     abstract = jax.eval_shape(init, key)
-    restored = checkpoints.restore_newest(abstract.params, abstract.opt_state)
+    restored = checkpoints.restore_newest(abstract.params, _besides(abstract))
     if restored is None:
         return _Position(jax.jit(init)(key), Metrics.zero(), 0.0, [])
     progress = restored.progress
@@ -212,7 +306,7 @@ def _start(run: _Run, checkpoints: Checkpoints) -> _Position:
     reporting.write_history(run.workdir / "metrics.jsonl", history)
     logger.info("Going on from step %d in %s.", restored.step, run.workdir)
     return _Position(
-        state=TrainState(jnp.int32(restored.step), restored.params, restored.opt_state),
+        state=_state(restored),
         sums=Metrics(
             jnp.float32(progress["loss"]),
             jnp.int32(progress["correct"]),
@@ -224,7 +318,22 @@ def _start(run: _Run, checkpoints: Checkpoints) -> _Position:
     )
 
 
-def _save(position: _Position, checkpoints: Checkpoints, accuracy: float | None) -> None:
+def _besides(state: TrainState) -> Any:
+    """What a checkpoint holds of a state besides the parameters that are evaluated."""
+    if state.average is None:
+        return state.opt_state
+    return {"opt_state": state.opt_state, "params": state.params}
+
+
+def _state(restored: Restored) -> TrainState:
+    step, besides = jnp.int32(restored.step), restored.opt_state
+    if isinstance(besides, dict) and besides.keys() == {"opt_state", "params"}:
+        return TrainState(step, besides["params"], besides["opt_state"], restored.params)
+    return TrainState(step, restored.params, besides)
+
+
+def _save(member: _Member, accuracy: float | None) -> None:
+    position = member.position
     sums = jax.device_get(position.sums)
     progress = {
         "loss": float(sums.loss),
@@ -234,70 +343,118 @@ def _save(position: _Position, checkpoints: Checkpoints, accuracy: float | None)
         "history": position.history,
     }
     state = position.state
-    checkpoints.save(int(state.step), state.params, state.opt_state, progress, accuracy)
+    step, besides = int(state.step), _besides(state)
+    member.checkpoints.save(step, state.evaluated, besides, progress, accuracy)
 
 
-def _train(run: _Run, position: _Position, checkpoints: Checkpoints) -> None:
-    """Trains to the last epoch, changing `position`."""
+def _train(members: list[_Member]) -> None:
+    """Trains to the last epoch, changing the members' positions; all are at the same step."""
     from tensorboardX import SummaryWriter
 
-    num_epochs = run.config.num_epochs
-    first = len(position.history)
+    run, position = members[0].run, members[0].position
+    num_epochs, first = run.config.num_epochs, len(position.history)
     if first == num_epochs:
         return
-    writer = SummaryWriter(
-        str(run.workdir / "tensorboard"), purge_step=int(position.state.step) + 1 if first else None
-    )
-    with _stop_signal() as received, contextlib.closing(writer):
+    pipeline = run.pipeline if len(members) == 1 else _pipeline_of_all(members)
+    with _stop_signal() as received, contextlib.ExitStack() as stack:
+        writers = []
+        for member in members:
+            folder = str(member.run.workdir / "tensorboard")
+            purge_step = int(position.state.step) + 1 if first else None
+            writers.append(SummaryWriter(folder, purge_step=purge_step))
+            stack.callback(writers[-1].close)
         for epoch in range(first, num_epochs):
-            _train_epoch(run, position, epoch, received)
-            if (
-                received
-                and int(position.sums.examples) < run.steps_per_epoch * run.config.batch_size
-            ):
-                _save(position, checkpoints, None)
-                _leave(position, run, received[0])
-            record = _end_epoch(run, position, epoch)
-            _save(position, checkpoints, record["validation_accuracy"])
-            reporting.write_history(run.workdir / "metrics.jsonl", position.history)
-            reporting.tensorboard_scalars(writer, record)
-            logger.info("%s", reporting.epoch_line(record, num_epochs))
+            _train_epoch(members, pipeline, epoch, received)
+            examples = run.steps_per_epoch * run.config.batch_size
+            if received and int(position.sums.examples) < examples:
+                for member in members:
+                    _save(member, None)
+                _leave(members, received[0])
+            records = [_end_epoch(member.run, member.position, epoch) for member in members]
+            for member, record, writer in zip(members, records, writers, strict=True):
+                _save(member, record["validation_accuracy"])
+                history = member.position.history
+                reporting.write_history(member.run.workdir / "metrics.jsonl", history)
+                reporting.tensorboard_scalars(writer, record)
+            logger.info("%s", reporting.epoch_line(records, num_epochs))
             if received and epoch + 1 < num_epochs:
-                _leave(position, run, received[0])
+                _leave(members, received[0])
 
 
-def _train_epoch(run: _Run, position: _Position, epoch: int, received: list[int]) -> None:
+def _pipeline_of_all(members: list[_Member]) -> DevicePipeline:
+    run = members[0].run
+    keys = _stacked([member.run.keys for member in members])
+    return DevicePipeline(run.step, run.splits["train"], run.config.batch_size, keys)
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _train_epoch(
+    members: list[_Member],
+    pipeline: StreamPipeline | DevicePipeline,
+    epoch: int,
+    received: list[int],
+) -> None:
     """Takes the epoch's remaining steps; fewer if a signal is received."""
-    first_step = int(position.state.step) - epoch * run.steps_per_epoch
+    run, positions = members[0].run, [member.position for member in members]
+    first_step = int(positions[0].state.step) - epoch * run.steps_per_epoch
+    start = time.perf_counter()
+    if len(positions) == 1:
+        state, sums = positions[0].state, positions[0].sums
+    else:
+        state, sums = _stacked([(position.state, position.sums) for position in positions])
+    state, sums = _run_epoch(run, pipeline, epoch, first_step, (state, sums), received)
+    seconds = (time.perf_counter() - start) / len(members)
+    for index, position in enumerate(positions):
+        if len(positions) == 1:
+            position.state, position.sums = state, sums
+        else:
+            # Its part of everything; also of the time.
+            mine = jax.tree.map(lambda leaf, index=index: leaf[index], (state, sums))
+            position.state, position.sums = mine
+        position.seconds += seconds
+
+
+def _run_epoch(
+    run: _Run,
+    pipeline: StreamPipeline | DevicePipeline,
+    epoch: int,
+    first_step: int,
+    start: tuple[TrainState, Metrics],
+    received: list[int],
+) -> tuple[TrainState, Metrics]:
+    """Takes steps and shows the progress, until the epoch's end or a signal."""
     progress = reporting.Progress(
         epoch + 1, run.config.num_epochs, first_step, run.steps_per_epoch, run.config.batch_size
     )
     profile = Profile(run.workdir / "profile" if run.config.profile else None)
     under_way: deque[Array] = deque()
-    start = time.perf_counter()
+    state, sums = start
     with contextlib.closing(progress), contextlib.closing(profile):
-        for now in run.pipeline.epoch(position.state, position.sums, epoch, first_step):
-            position.state, position.sums = now.state, now.sums
+        for now in pipeline.epoch(state, sums, epoch, first_step):
+            state, sums = now.state, now.sums
             under_way.append(now.done)
             if len(under_way) > _RUN_AHEAD:
                 under_way.popleft().block_until_ready()
             if progress.is_due():
-                so_far = _checked(now.sums, run)
-                examples = int(so_far.examples)
-                loss, accuracy = float(so_far.loss) / examples, int(so_far.correct) / examples
-                progress.show(now.step, loss, accuracy)
+                so_far = _checked(sums, run)
+                examples = so_far.examples.sum()
+                loss, accuracy = so_far.loss.sum() / examples, so_far.correct.sum() / examples
+                progress.show(now.step, float(loss), float(accuracy))
             profile.after_call(now.done)
             if received:
                 break
-        _checked(position.sums, run)
-    position.seconds += time.perf_counter() - start
+        _checked(sums, run)
+    return state, sums
 
 
 def _checked(sums: Metrics, run: _Run) -> Metrics:
-    """The sums as NumPy scalars, waiting for the device; an error where a loss was not finite."""
+    """The sums as NumPy's, waiting for the device; an error where a loss was not finite."""
     fetched: Metrics = jax.device_get(sums)
-    if fetched.diverged_at:
-        raise _diverged("training", int(fetched.diverged_at), run)
+    if fetched.diverged_at.any():
+        raise _diverged("training", int(fetched.diverged_at.max()), run)
     return fetched
 
 
@@ -313,7 +470,7 @@ def _end_epoch(run: _Run, position: _Position, epoch: int) -> dict[str, Any]:
     """Validates, adds the epoch's record to the history and begins the next one's sums."""
     sums = jax.device_get(position.sums)
     step = int(position.state.step)
-    validation = evaluate(run.model, position.state.params, run.splits["validation"])
+    validation = evaluate(run.model, position.state.evaluated, run.splits["validation"])
     if not math.isfinite(validation.loss):
         raise _diverged("validation", step, run)
     record = {
@@ -360,9 +517,11 @@ def _stop_signal() -> Iterator[list[int]]:
         restore()
 
 
-def _leave(position: _Position, run: _Run, number: int) -> None:
+def _leave(members: list[_Member], number: int) -> None:
+    run, position = members[0].run, members[0].position
+    where = run.workdir if len(members) == 1 else run.workdir.parent
     raise InterruptedRunError(
-        f"interrupted at step {int(position.state.step)}; everything is saved in {run.workdir}. "
+        f"interrupted at step {int(position.state.step)}; everything is saved in {where}. "
         "Run the same command again to go on from there.",
         number,
     )
@@ -380,7 +539,7 @@ def _finish(run: _Run, position: _Position) -> dict[str, Any]:
     logger.info("Evaluating ...")
     summary = {}
     for name, split in run.splits.items():
-        result = evaluate(run.model, position.state.params, split)
+        result = evaluate(run.model, position.state.evaluated, split)
         summary[f"{name}_accuracy"] = result.accuracy
         summary[f"{name}_loss"] = result.mean_loss
     summary |= {

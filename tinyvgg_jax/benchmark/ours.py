@@ -3,22 +3,21 @@
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.benchmark.worker import Prepared, serve
 from tinyvgg_jax.cache import keep_compiled_programs
 from tinyvgg_jax.data import Split, epoch_order, resident, stream
 from tinyvgg_jax.model import TinyVGG, apply
-from tinyvgg_jax.optimizer import sgd
-from tinyvgg_jax.pipeline import DevicePipeline, Progress, StreamPipeline
-from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step
+from tinyvgg_jax.optimizer import make_optimizer
+from tinyvgg_jax.pipeline import DevicePipeline, Keys, Progress, StreamPipeline
+from tinyvgg_jax.step import Augmentation, Metrics, TrainState, init_state, make_train_step
 
 IMAGE_SHAPE = (28, 28, 1)
 
@@ -39,18 +38,18 @@ def synthetic_split(size: int) -> Split:
 
 def train(case: dict[str, Any]) -> Prepared:
     """Training steps: bare ones for "train", with augmentation and data order for "epoch"."""
-    model, optimizer = TinyVGG(dtype=jnp.dtype(case["dtype"])), sgd(lambda _: 0.01, 0.9)
-    augmentation: Callable[[Array, Array], Array] = lambda _, images: images  # noqa: E731
+    model, optimizer = TinyVGG(dtype=jnp.dtype(case["dtype"])), make_optimizer(lambda _: 0.01, 0.9)
+    augmentation: Augmentation = lambda _, images, step: images  # noqa: E731
     if case["kind"] == "epoch":
         augmentation = functools.partial(augment, rotation_degrees=10.0, horizontal_flip=True)
     step = make_train_step(model, optimizer, augmentation)
     kind = StreamPipeline if case.get("pipeline") == "stream" else DevicePipeline
     split = synthetic_split(case["examples"])
     pipeline = kind(
-        lambda state, batch: step(state, batch, jax.random.key(1)),
+        step,
         split,
         case["batch_size"],
-        jax.random.key(2),
+        Keys(order=jax.random.key(2), step=jax.random.key(1)),
     )
     init = functools.partial(init_state, model, optimizer, image_shape=IMAGE_SHAPE)
     calls = endless(pipeline, jax.jit(init)(jax.random.key(0)))
@@ -83,7 +82,7 @@ def endless(
 
 def counted(step: Any, case: dict[str, Any]) -> float | None:
     """Floating-point operations of a step as XLA counts them, without what C code computes."""
-    model, optimizer = TinyVGG(dtype=jnp.dtype(case["dtype"])), sgd(lambda _: 0.01, 0.9)
+    model, optimizer = TinyVGG(dtype=jnp.dtype(case["dtype"])), make_optimizer(lambda _: 0.01, 0.9)
     init = functools.partial(init_state, model, optimizer, image_shape=IMAGE_SHAPE)
     state: TrainState = jax.eval_shape(init, jax.random.key(0))
     batch = resident(synthetic_split(case["batch_size"]))
