@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyvgg_jax.augment import augment, flip_horizontally, rotate
+from tinyvgg_jax.augment import (
+    alternating_flips,
+    augment,
+    cutout,
+    flip_horizontally,
+    mixup,
+    rotate,
+    shift,
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +106,83 @@ def test_range_dtype_and_shape_stay(images: jax.Array, dtype: str) -> None:
 def test_nothing_asked_for_nothing_done(images: jax.Array) -> None:
     drawn = augment(jax.random.key(0), images, rotation_degrees=0.0, horizontal_flip=False)
     np.testing.assert_array_equal(drawn, images)
+
+
+def test_shift_moves_whole_pixels_and_black_comes_in(images: jax.Array) -> None:
+    offsets = jnp.array([[0, 0], [3, 0], [0, -2], [-1, 4], [12, 0], [0, 1]])
+    moved = np.asarray(shift(images, offsets))
+    expected = np.zeros_like(moved)
+    expected[0] = images[0]
+    expected[1, 3:] = images[1, :-3]
+    expected[2, :, :-2] = images[2, :, 2:]
+    expected[3, :-1, 4:] = images[3, 1:, :-4]
+    expected[5, :, 1:] = images[5, :, :-1]
+    np.testing.assert_array_equal(moved, expected)
+
+
+def test_shifts_reach_as_far_as_they_may_and_no_farther() -> None:
+    dots = jnp.zeros((300, 9, 9, 1)).at[:, 4, 4].set(1.0)
+    moved = augment(
+        jax.random.key(0), dots, rotation_degrees=0.0, horizontal_flip=False, shift_pixels=2
+    )
+    _, rows, columns, _ = np.nonzero(np.asarray(moved))
+    places = {(int(row), int(column)) for row, column in zip(rows, columns, strict=True)}
+    assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
+
+
+def test_cutout_blackens_a_square_that_may_reach_beyond_the_image() -> None:
+    cut = np.asarray(cutout(jnp.ones((2, 8, 8, 3)), jnp.array([[4, 3], [0, 7]]), size=4))
+    expected = np.ones((2, 8, 8, 3))
+    expected[0, 2:6, 1:5] = 0
+    expected[1, :2, 5:] = 0
+    np.testing.assert_array_equal(cut, expected)
+
+
+def test_cutouts_are_anywhere() -> None:
+    cut = augment(
+        jax.random.key(0),
+        jnp.ones((500, 8, 8, 1)),
+        rotation_degrees=0.0,
+        horizontal_flip=False,
+        cutout_size=2,
+    )
+    share = np.asarray(cut)[..., 0].mean(axis=0)
+    assert (share < 1).all() and (share > 0.85).all()
+    assert len(np.unique(np.asarray(cut).reshape(500, -1), axis=0)) == 64
+
+
+def test_mixup_mixes_images_and_targets_by_the_same_shares() -> None:
+    B = 50
+    # An image is its number, a target is a distribution with that number in it.
+    images = jnp.tile(jnp.arange(float(B))[:, None, None, None], (1, 2, 2, 1))
+    mixed, targets = mixup(jax.random.key(0), images, jnp.eye(B), alpha=1.0)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(mixed[:, 1, 1, 0], targets @ jnp.arange(float(B)), rtol=1e-4)
+    shares = np.diagonal(np.asarray(targets))
+    assert shares.min() < 0.2 and shares.max() > 0.8
+    # Small values mix little.
+    _, targets = mixup(jax.random.key(0), images, jnp.eye(B), alpha=0.01)
+    assert (np.asarray(targets).max(axis=1) > 0.95).mean() > 0.9
+
+
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs() -> None:
+    levels = np.random.default_rng(0).integers(256, size=(400, 6, 6, 1))
+    images = jnp.asarray(levels / 255, jnp.float32)
+    first, second, third = (np.asarray(alternating_flips(images, epoch)) for epoch in (4, 5, 6))
+    np.testing.assert_array_equal(first, ~second)
+    np.testing.assert_array_equal(first, third)
+    assert 150 < first.sum() < 250
+    # An image's turn does not depend on where it stands.
+    order = np.random.default_rng(1).permutation(400)
+    np.testing.assert_array_equal(alternating_flips(images[order], 4), first[order])
+    for epoch, flipped in ((4, first), (5, second)):
+        for horizontal_flip in (False, True):
+            drawn = augment(
+                jax.random.key(0),
+                images,
+                epoch,
+                rotation_degrees=0.0,
+                horizontal_flip=horizontal_flip,
+                alternating_flip=True,
+            )
+            np.testing.assert_array_equal(drawn, flip_horizontally(images, jnp.asarray(flipped)))

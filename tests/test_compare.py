@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from scipy import stats
 
 from tinyvgg_jax import UserError, train_and_evaluate
-from tinyvgg_jax.compare import compare_runs, comparison_table, write_comparison
+from tinyvgg_jax.compare import Welch, compare_runs, comparison_table, write_comparison
+from tinyvgg_jax.metrics import McNemar
 
 Trained = tuple[Path, dict[str, Any]]
 
@@ -37,8 +39,10 @@ def test_runs_are_compared_on_the_same_images(
     assert third.interval[0] < third.accuracy < third.interval[1]
     assert first.parameters == summary["parameters"]
     assert (first.seconds, second.seconds) == (summary["seconds"], None)
-    assert comparison.tests[0, 1].p_value == 1.0
+    same = comparison.tests[0, 1]
+    assert isinstance(same, McNemar) and same.p_value == 1.0
     test = comparison.tests[0, 2]
+    assert isinstance(test, McNemar)
     assert test.only_first == (first.right & ~third.right).sum()
     assert test.p_value < 0.01
     table = comparison_table(comparison)
@@ -62,3 +66,27 @@ def test_different_images_are_not_compared(trained: Trained, twin: Path, tmp_pat
     (other / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="different test splits"):
         compare_runs([trained[0], other])
+
+
+def test_recipes_of_several_seeds_are_compared_by_their_means(
+    config: ConfigDict, tmp_path: Path, trained: Trained
+) -> None:
+    config.num_seeds, config.num_epochs = 3, 1
+    good, poor = tmp_path / "good", tmp_path / "poor"
+    config.learning_rate = 0.1
+    train_and_evaluate(config, good)
+    config.learning_rate = 1e-6
+    train_and_evaluate(config, poor)
+    comparison = compare_runs([good, poor, trained[0]])
+    first, second, _ = comparison.runs
+    assert len(first.accuracies) == 3
+    assert first.accuracy == pytest.approx(np.mean(first.accuracies))
+    test = comparison.tests[0, 1]
+    assert isinstance(test, Welch)
+    expected = stats.ttest_ind(first.accuracies, second.accuracies, equal_var=False)
+    assert test.p_value == pytest.approx(expected.pvalue)
+    assert test.interval[0] < first.accuracy - second.accuracy < test.interval[1]
+    assert comparison.tests[0, 2] is None
+    table = comparison_table(comparison)
+    assert "Welch" in table and "no test of several seeds beside a single one" in table
+    write_comparison(comparison, tmp_path / "plot.png")

@@ -129,3 +129,31 @@ def test_bad_shapes_are_refused_with_a_reason() -> None:
         TinyVGG().init(jax.random.key(0), jnp.zeros((28, 28, 1)))
     with pytest.raises(ValueError, match="too small for 3 blocks"):
         TinyVGG().init(jax.random.key(0), jnp.zeros((1, 7, 28, 1)))
+
+
+def test_dropout_leaves_the_mean_of_what_it_drops() -> None:
+    model = TinyVGG(widths=(4,), convs_per_block=1, hidden=4000, num_classes=1, dropout=0.25)
+    images = jnp.ones((1, 2, 2, 1))
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), images)["params"])
+    # Every hidden unit is 1, every logit is the mean of what is left of them.
+    params["dense"]["bias"] += 1.0
+    params["logits"]["kernel"] += 1 / 4000
+    drawn = [float(apply(model, params, images, jax.random.key(seed))[0, 0]) for seed in range(3)]
+    assert len(set(drawn)) == 3
+    assert all(abs(value - 1) < 0.05 for value in drawn)
+    assert float(apply(model, params, images)[0, 0]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("kernel_init", "variance"), [("lecun_normal", 1.0), ("he_normal", 2.0), ("orthogonal", 2.0)]
+)
+def test_initialisations_have_the_variance_of_their_name(kernel_init: str, variance: float) -> None:
+    model = TinyVGG(widths=(64,), convs_per_block=2, hidden=300, kernel_init=kernel_init)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]
+    for name, inputs in (("conv1_2", 9 * 64), ("dense", 4 * 64)):
+        kernel = np.asarray(params[name]["kernel"])
+        # Orthogonal rows or columns, whichever are fewer, are as long as the gain.
+        size = max(kernel[..., 0].size, kernel.shape[-1]) if kernel_init == "orthogonal" else inputs
+        assert kernel.var() * size == pytest.approx(variance, rel=0.05)
+    # The last layer's logits start small in any case.
+    assert np.asarray(params["logits"]["kernel"]).var() * 300 == pytest.approx(1, rel=0.1)

@@ -1,4 +1,8 @@
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -22,3 +26,86 @@ def test_momentum_is_heavy_ball() -> None:
         velocity = 0.9 * velocity + gradient
         expected -= 0.1 * velocity
     assert float(params) == pytest.approx(expected, rel=1e-6)
+
+
+def test_cosine_and_linear_fall_to_zero_in_the_last_epoch() -> None:
+    for kind, halfway in (("cosine", 0.5), ("linear", 0.5)):
+        schedule = learning_rate_schedule(0.2, 0.5, 10, kind=kind, num_epochs=4)
+        assert float(schedule(0)) == pytest.approx(0.2)
+        assert float(schedule(20)) == pytest.approx(0.2 * halfway)
+        assert float(schedule(40)) == pytest.approx(0, abs=1e-8)
+    cosine, linear = (
+        float(learning_rate_schedule(1.0, 0.5, 10, kind=kind, num_epochs=4)(10))
+        for kind in ("cosine", "linear")
+    )
+    assert (cosine, linear) == pytest.approx(((1 + 2**-0.5) / 2, 0.75), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "exponential"])
+def test_the_warm_up_is_a_straight_line_to_the_highest_rate(kind: str) -> None:
+    schedule = learning_rate_schedule(0.2, 0.5, 10, kind=kind, num_epochs=4, warmup_epochs=0.8)
+    assert [float(schedule(step)) for step in (0, 2, 4, 8)] == pytest.approx([0, 0.05, 0.1, 0.2])
+    assert float(schedule(12)) < 0.2
+    if kind == "exponential":
+        assert float(schedule(25)) == pytest.approx(0.05)
+    else:
+        assert float(schedule(40)) == pytest.approx(0, abs=1e-8)
+
+
+def one_update(optimizer: optax.GradientTransformation, params: Any, gradients: Any) -> Any:
+    return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+
+def test_weight_decay_leaves_biases_alone() -> None:
+    params = {"dense": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}}
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    optimizer = make_optimizer(lambda _: 0.1, 0.9, weight_decay=0.01)
+    updates = one_update(optimizer, params, nothing)["dense"]
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.01 * 2)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_nesterov_looks_ahead() -> None:
+    params, gradient = jnp.array([1.0]), jnp.array([1.0])
+    plain = one_update(make_optimizer(lambda _: 0.1, 0.9), params, gradient)
+    ahead = one_update(make_optimizer(lambda _: 0.1, 0.9, nesterov=True), params, gradient)
+    assert (float(plain[0]), float(ahead[0])) == pytest.approx((-0.1, -0.19))
+
+
+def test_gradients_are_clipped_by_their_global_norm() -> None:
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    gradients = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    for bound, length in ((1.0, 1.0), (10.0, 5.0)):
+        optimizer = make_optimizer(lambda _: 1.0, 0.0, gradient_clipping=bound)
+        updates = one_update(optimizer, params, gradients)
+        found = (-float(updates["a"][0]), -float(updates["b"][0]))
+        assert found == pytest.approx((0.6 * length, 0.8 * length))
+
+
+def test_muons_updates_of_kernels_are_nearly_orthogonal() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 4, 8), "dense": (20, 8), "logits": (8, 5)}
+    params = {
+        name: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[-1])}
+        for name, shape in shapes.items()
+    }
+    gradients = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), "f4"), params)
+    optimizer = make_optimizer(lambda _: 1.0, 0.95, kind="muon")
+    updates = one_update(optimizer, params, gradients)
+    for name in ("conv", "dense"):
+        matrix = np.asarray(updates[name]["kernel"]).reshape(-1, 8)
+        singular = np.linalg.svd(matrix, compute_uv=False)
+        assert singular.max() / singular.min() < 2
+        raw = np.asarray(gradients[name]["kernel"]).reshape(-1, 8)
+        raw_singular = np.linalg.svd(raw, compute_uv=False)
+        assert singular.max() / singular.min() < raw_singular.max() / raw_singular.min()
+    # Adam's first steps have the size of its rate, whatever the gradient.
+    for leaf in (updates["logits"]["kernel"], updates["conv"]["bias"]):
+        np.testing.assert_allclose(np.abs(leaf), 0.1, rtol=1e-2)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown schedule 'sine'"):
+        learning_rate_schedule(0.1, 0.5, 10, kind="sine")
+    with pytest.raises(ValueError, match="unknown optimizer 'adam'"):
+        make_optimizer(lambda _: 0.1, 0.9, kind="adam")

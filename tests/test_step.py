@@ -95,3 +95,63 @@ def test_metrics_add_and_remember_the_first_divergence() -> None:
 def test_keys_of_different_names_differ() -> None:
     keys = [named_key(jax.random.key(0), name) for name in ("init", "order", "augment")]
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == 3
+
+
+def first_step(
+    model: TinyVGG = SMALL, average: bool = False, **settings: Any
+) -> tuple[TrainState, TrainState, Metrics]:
+    """The state before and after a step of gradient descent, and its metrics."""
+    optimizer = optax.sgd(0.1)
+    init = partial(init_state, model, optimizer, image_shape=(16, 16, 1), average=average)
+    state = jax.jit(init)(jax.random.key(0))
+    step = jax.jit(make_train_step(model, optimizer, no_augmentation, **settings))
+    return state, *step(state, draw_batch(), jax.random.key(0))
+
+
+def test_label_smoothing_spreads_a_share_of_each_target() -> None:
+    state, _, metrics = first_step(label_smoothing=0.2)
+    batch = draw_batch()
+    log_p = jax.nn.log_softmax(apply(SMALL, state.params, batch.images / 255))
+    targets = 0.8 * jax.nn.one_hot(batch.labels, 5) + 0.2 / 5
+    assert float(metrics.loss) == pytest.approx(-float((targets * log_p).sum()), rel=1e-5)
+
+
+def test_mixup_reaches_the_loss() -> None:
+    _, plain, before = first_step()
+    _, mixed, after = first_step(mixup_alpha=1.0)
+    assert float(before.loss) != float(after.loss)
+    kernel = ("conv1_1", "kernel")
+    assert not np.allclose(
+        plain.params[kernel[0]][kernel[1]], mixed.params[kernel[0]][kernel[1]], atol=1e-6
+    )
+
+
+def test_the_average_of_the_parameters_follows_them() -> None:
+    before, after, _ = first_step(average=True, ema_decay=0.999)
+    assert after.evaluated is after.average and before.average is not None
+    # After the first step the decay is 2 / 11, whatever is asked for.
+    expected = jax.tree.map(lambda o, n: 2 / 11 * o + 9 / 11 * n, before.params, after.params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), after.average, expected)
+    late = before._replace(step=jnp.int32(1_000_000))
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(make_train_step(SMALL, optimizer, no_augmentation, ema_decay=0.9))
+    after, _ = step(late, draw_batch(), jax.random.key(0))
+    expected = jax.tree.map(lambda o, n: 0.9 * o + 0.1 * n, before.params, after.params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.average, expected)
+    assert first_step()[1].evaluated is not None and first_step()[1].average is None
+
+
+def test_dropout_is_another_at_each_step_and_only_in_training() -> None:
+    model = SMALL.clone(dropout=0.5)
+    optimizer = optax.sgd(0.0)
+    init = partial(init_state, model, optimizer, image_shape=(16, 16, 1))
+    state = jax.jit(init)(jax.random.key(0))
+    step = jax.jit(make_train_step(model, optimizer, no_augmentation))
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, draw_batch(), jax.random.key(0))
+        losses.append(float(metrics.loss))
+    assert len(set(losses)) == 3
+    images = draw_batch().images / 255
+    expected = apply(SMALL, state.params, images)
+    np.testing.assert_array_equal(apply(model, state.params, images), expected)

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from tinyvgg_jax import seeds
+from tinyvgg_jax.data import Split
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.evaluate import evaluate_checkpoint
+from tinyvgg_jax.evaluate import Evaluated, evaluate_checkpoint
 from tinyvgg_jax.metrics import McNemar, accuracy_interval, mcnemar
+from tinyvgg_jax.runs import run_config
 
 # Up to so many runs the table has a line for each pair of them.
 _EACH_PAIR = 3
@@ -23,11 +26,13 @@ class ComparedRun(NamedTuple):
     Attributes:
         name: its folder.
         step: optimizer steps of the checkpoint.
-        accuracy: a fraction.
-        interval: 95 %, two fractions.
+        accuracy: a fraction; of several seeds their mean.
+        interval: 95 %, two fractions: for other images of the same kind; of several seeds, for
+            the mean over other seeds.
         parameters: number of the network's.
         seconds: of training, None where the run was not finished.
-        right: `[N]` bool, whether it has each example right.
+        accuracies: of each seed.
+        right: `[N]` bool, whether the first seed has each example right.
     """
 
     name: str
@@ -36,7 +41,20 @@ class ComparedRun(NamedTuple):
     interval: tuple[float, float]
     parameters: int
     seconds: float | None
+    accuracies: list[float]
     right: np.ndarray
+
+
+class Welch(NamedTuple):
+    """Two recipes with several seeds each, by Welch's t-test.
+
+    Attributes:
+        interval: 95 %, of the difference of the mean accuracies, two fractions.
+        p_value: how often chance alone makes a difference as large, if both are equally good.
+    """
+
+    interval: tuple[float, float]
+    p_value: float
 
 
 class Comparison(NamedTuple):
@@ -45,12 +63,13 @@ class Comparison(NamedTuple):
     Attributes:
         split: the split's name.
         runs: in the order asked for.
-        tests: of each pair of their indices, the first being the smaller.
+        tests: of each pair of their indices, the first being the smaller: McNemar's of two
+            single seeds, Welch's of several seeds each, else None.
     """
 
     split: str
     runs: list[ComparedRun]
-    tests: dict[tuple[int, int], McNemar]
+    tests: dict[tuple[int, int], McNemar | Welch | None]
 
 
 def compare_runs(
@@ -79,31 +98,53 @@ def compare_runs(
     if len(workdirs) < 2:
         raise UserError("--mode compare needs the folders of two runs or more.")
     runs: list[ComparedRun] = []
-    labels = None
+    first: Split | None = None
     for workdir in workdirs:
-        evaluated = evaluate_checkpoint(workdir, split, step, data_dir, source_dir)
-        if labels is None:
-            labels, images = evaluated.data.labels, evaluated.data.images
-        elif not (
-            np.array_equal(labels, evaluated.data.labels)
-            and np.array_equal(images, evaluated.data.images)
-        ):
+        folder = Path(workdir).expanduser()
+        evaluated = [
+            evaluate_checkpoint(one, split, step, data_dir, source_dir)
+            for one in seeds.folders(folder, run_config(folder))
+        ]
+        first = first or evaluated[0].data
+        if not _same(first, evaluated[0].data):
             raise UserError(f"{workdirs[0]} and {workdir} have different {split} splits.")
-        result = evaluated.result
-        runs.append(
-            ComparedRun(
-                str(workdir),
-                evaluated.step,
-                result.accuracy,
-                accuracy_interval(result.correct, result.count),
-                evaluated.parameters,
-                _seconds(Path(workdir).expanduser()),
-                result.predicted == evaluated.data.labels,
-            )
-        )
+        runs.append(_compared(workdir, evaluated))
     pairs = combinations(range(len(runs)), 2)
-    tests = {(i, j): mcnemar(runs[i].right, runs[j].right) for i, j in pairs}
-    return Comparison(split, runs, tests)
+    return Comparison(split, runs, {(i, j): _test(runs[i], runs[j]) for i, j in pairs})
+
+
+def _same(ours: Split, theirs: Split) -> bool:
+    return np.array_equal(ours.labels, theirs.labels) and np.array_equal(ours.images, theirs.images)
+
+
+def _compared(workdir: str | Path, evaluated: list[Evaluated]) -> ComparedRun:
+    result = evaluated[0].result
+    accuracies = [one.result.accuracy for one in evaluated]
+    statistics = seeds.statistics_of(accuracies)
+    interval = statistics["interval"] or accuracy_interval(result.correct, result.count)
+    return ComparedRun(
+        str(workdir),
+        evaluated[0].step,
+        statistics["mean"],
+        (interval[0], interval[1]),
+        evaluated[0].parameters,
+        _seconds(Path(workdir).expanduser()),
+        accuracies,
+        result.predicted == evaluated[0].data.labels,
+    )
+
+
+def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
+    a, b = first.accuracies, second.accuracies
+    if len(a) == len(b) == 1:
+        return mcnemar(first.right, second.right)
+    if min(len(a), len(b)) == 1:
+        return None
+    from scipy import stats
+
+    found = stats.ttest_ind(a, b, equal_var=False)
+    interval = found.confidence_interval(0.95)
+    return Welch((float(interval.low), float(interval.high)), float(found.pvalue))
 
 
 def _seconds(workdir: Path) -> float | None:
@@ -134,18 +175,24 @@ def comparison_table(comparison: Comparison) -> str:
         # Of many runs not each pair, which nobody would read: each beside the best one.
         if len(runs) <= _EACH_PAIR or best in (i, j):
             lines.append(f"{i + 1} and {j + 1}: {_verdict(runs[i], runs[j], test)}")
-    lines.append(
-        "The interval is for other images of the same kind, McNemar's test for these; another seed "
-        "of the same recipe varies too."
-    )
+    if any(len(run.accuracies) == 1 for run in runs):
+        lines.append(
+            "A single seed's interval is for other images of the same kind, McNemar's test for "
+            "these; another seed of the same recipe varies too."
+        )
     return "\n".join(lines)
 
 
-def _verdict(first: ComparedRun, second: ComparedRun, test: McNemar) -> str:
-    gap = 100 * (first.accuracy - second.accuracy)
+def _verdict(first: ComparedRun, second: ComparedRun, test: McNemar | Welch | None) -> str:
+    gap = f"{100 * (first.accuracy - second.accuracy):+.2f} points"
+    if test is None:
+        return f"{gap}; no test of several seeds beside a single one"
     found = "more than chance" if test.p_value < 0.05 else "may be chance"
+    if isinstance(test, Welch):
+        low, high = (f"{100 * bound:+.2f}" for bound in test.interval)
+        return f"{gap} (95 % interval {low} to {high}), {found} (Welch's t, p = {test.p_value:.2g})"
     return (
-        f"{gap:+.2f} points, {found} (p = {test.p_value:.2g}; {test.only_first} images only the "
+        f"{gap}, {found} (p = {test.p_value:.2g}; {test.only_first} images only the "
         f"first has right, {test.only_second} only the second)"
     )
 
@@ -180,7 +227,8 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 def _short(run: ComparedRun, longest: int = 32) -> str:
     name = run.name if len(run.name) <= longest else "..." + run.name[-longest + 3 :]
-    return f"{name}\n{run.parameters:,} parameters"
+    seeds = f", {len(run.accuracies)} seeds" if len(run.accuracies) > 1 else ""
+    return f"{name}\n{run.parameters:,} parameters{seeds}"
 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> Path:
@@ -199,6 +247,7 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
         "tests": [
             {"first": comparison.runs[i].name, "second": comparison.runs[j].name, **test._asdict()}
             for (i, j), test in comparison.tests.items()
+            if test is not None
         ],
     }
     try:

@@ -13,6 +13,7 @@ import optax
 from jax import Array
 
 from tinyvgg_jax import config as config_lib
+from tinyvgg_jax import seeds
 from tinyvgg_jax.data import (
     Batch,
     DatasetInfo,
@@ -25,7 +26,7 @@ from tinyvgg_jax.data import (
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.metrics import calibration, confusion_matrix, precision_recall_f1
 from tinyvgg_jax.model import TinyVGG, apply
-from tinyvgg_jax.runs import restore_checkpoint, run_config, run_info
+from tinyvgg_jax.runs import restore_checkpoint, run_config, run_info, single_run_config
 from tinyvgg_jax.step import to_float
 
 # On an accelerator, and on a CPU: enough to keep it busy, and little for its memory.
@@ -170,6 +171,7 @@ class Evaluated:
         info: of the dataset.
         parameters: number of the network's parameters.
         result: the metrics.
+        flipped: likewise of the mirrored images, None unless asked for.
     """
 
     workdir: Path
@@ -179,6 +181,15 @@ class Evaluated:
     info: DatasetInfo
     parameters: int
     result: Evaluation
+    flipped: Evaluation | None = None
+
+    @property
+    def flip_averaged_accuracy(self) -> float | None:
+        """Of the mean logits of each image and its mirror image."""
+        if self.flipped is None:
+            return None
+        logits = self.result.logits + self.flipped.logits
+        return float((logits.argmax(axis=1) == self.data.labels).mean())
 
 
 def evaluate_checkpoint(
@@ -187,6 +198,7 @@ def evaluate_checkpoint(
     step: int | str = "latest",
     data_dir: str | None = None,
     source_dir: str | None = None,
+    flip_averaging: bool = False,
 ) -> Evaluated:
     """Evaluates a checkpoint of a run and writes nothing; see `evaluate_run`."""
     workdir = Path(workdir).expanduser()
@@ -195,7 +207,7 @@ def evaluate_checkpoint(
             f"unknown split {split!r}; one of {', '.join(SPLITS)}"
             + config_lib.suggestion(split, SPLITS)
         )
-    config = run_config(workdir)
+    config = single_run_config(workdir)
     model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
     splits, info = load_splits(
         config.data.name,
@@ -206,8 +218,13 @@ def evaluate_checkpoint(
     if info != run_info(workdir):
         raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(restored.params))
-    result = evaluate(model, restored.params, splits[split])
-    return Evaluated(workdir, split, restored.step, splits[split], info, parameters, result)
+    data = splits[split]
+    result = evaluate(model, restored.params, data)
+    flipped = None
+    if flip_averaging:
+        mirrored = Split(np.ascontiguousarray(data.images[:, :, ::-1]), data.labels)
+        flipped = evaluate(model, restored.params, mirrored)
+    return Evaluated(workdir, split, restored.step, data, info, parameters, result, flipped)
 
 
 def evaluate_run(
@@ -216,6 +233,7 @@ def evaluate_run(
     step: int | str = "latest",
     data_dir: str | None = None,
     source_dir: str | None = None,
+    flip_averaging: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run and writes `evaluation/SPLIT.json` into its folder.
 
@@ -225,6 +243,7 @@ def evaluate_run(
         step: as in `restore`.
         data_dir: tfds's folder, where it is not the config's.
         source_dir: likewise.
+        flip_averaging: whether to find also the accuracy of the mean of both views of an image.
 
     Returns:
         What was written; see `write_evaluation`.
@@ -232,7 +251,9 @@ def evaluate_run(
     Raises:
         UserError: if there is no such run, checkpoint or split.
     """
-    return write_evaluation(evaluate_checkpoint(workdir, split, step, data_dir, source_dir))
+    return write_evaluation(
+        evaluate_checkpoint(workdir, split, step, data_dir, source_dir, flip_averaging)
+    )
 
 
 def write_evaluation(evaluated: Evaluated) -> dict[str, Any]:
@@ -242,7 +263,8 @@ def write_evaluation(evaluated: Evaluated) -> dict[str, Any]:
         What was written: `accuracy`, `loss`, `count`, `correct`, `step`,
         `expected_calibration_error`, `confusion` (`[num_classes][num_classes]` counts, a row for
         each true class), and `per_class`, a list of `class`, `accuracy`, `count`, `correct`,
-        `precision`, `recall` and `f1`. Accuracies and the like are fractions.
+        `precision`, `recall` and `f1`. Accuracies and the like are fractions. Where mirrored
+        images were evaluated too, `flip_averaged_accuracy`.
 
     Raises:
         UserError: if that cannot be written.
@@ -273,10 +295,55 @@ def write_evaluation(evaluated: Evaluated) -> dict[str, Any]:
         ],
         "confusion": confusion.tolist(),
     }
-    folder = evaluated.workdir / "evaluation"
+    if evaluated.flipped is not None:
+        content["flip_averaged_accuracy"] = evaluated.flip_averaged_accuracy
+    _write(evaluated.workdir, evaluated.split, content)
+    return content
+
+
+def _write(workdir: Path, split: str, content: dict[str, Any]) -> None:
+    folder = workdir / "evaluation"
     try:
         folder.mkdir(exist_ok=True)
-        (folder / f"{evaluated.split}.json").write_text(json.dumps(content, indent=2) + "\n")
+        (folder / f"{split}.json").write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}.") from error
+
+
+def evaluate_seeds(
+    workdir: str | Path,
+    split: str = "test",
+    step: int | str = "latest",
+    data_dir: str | None = None,
+    source_dir: str | None = None,
+    flip_averaging: bool = False,
+) -> dict[str, Any]:
+    """Evaluates all runs of a run of several seeds, and their ensemble.
+
+    Args and errors are those of `evaluate_run`, which writes the file of each of them.
+
+    Returns:
+        What was written to `evaluation/SPLIT.json`: `accuracy` and `loss` (means), `seeds` (of
+        both, and where asked for of `flip_averaged_accuracy`, as in `seeds.statistics_of`), and
+        `ensemble`: `accuracy`, `correct` and `count` of the mean of the runs' probabilities.
+    """
+    workdir = Path(workdir).expanduser()
+    contents, total = [], None
+    for folder in seeds.folders(workdir, run_config(workdir)):
+        evaluated = evaluate_checkpoint(folder, split, step, data_dir, source_dir, flip_averaging)
+        contents.append(write_evaluation(evaluated))
+        probabilities = evaluated.result.probabilities
+        total = probabilities if total is None else total + probabilities
+    assert total is not None
+    correct = int((total.argmax(axis=1) == evaluated.data.labels).sum())
+    count = evaluated.result.count
+    measured = ("accuracy", "loss") + ("flip_averaged_accuracy",) * flip_averaging
+    found = {name: seeds.statistics_of([one[name] for one in contents]) for name in measured}
+    content = {
+        "accuracy": found["accuracy"]["mean"],
+        "loss": found["loss"]["mean"],
+        "seeds": found,
+        "ensemble": {"accuracy": correct / count, "correct": correct, "count": count},
+    }
+    _write(workdir, split, content)
     return content

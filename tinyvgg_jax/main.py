@@ -28,6 +28,7 @@ Train Tiny VGG, or go on with a run that was interrupted:
 Evaluate a checkpoint of a run, and write a report with pictures:
   python -m tinyvgg_jax.main --mode eval --workdir runs/default
                              [--split train|validation|test] [--step N|latest|best]
+                             [--flip_averaging]
 Predict the classes of pictures, files or folders of them:
   python -m tinyvgg_jax.main --mode predict --workdir runs/default IMAGE...
                              [--json] [--invert auto|yes|no] [--step N|latest|best]
@@ -49,6 +50,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs
 _MODE = flags.DEFINE_string("mode", "train", "One of: " + ", ".join(MODES) + ".")
 _SPLIT = flags.DEFINE_string("split", "test", "Train, validation or test.")
 _STEP = flags.DEFINE_string("step", None, "A number of optimizer steps, latest or best.")
+_FLIP_AVERAGING = flags.DEFINE_bool(
+    "flip_averaging", False, "For eval: also the accuracy averaged over mirror images."
+)
 _JSON = flags.DEFINE_bool("json", False, "For predict: an object a line instead of a table.")
 _INVERT = flags.DEFINE_string("invert", "auto", "Whether pictures are dark on light.")
 _OUTPUT = flags.DEFINE_string("output", None, "For explain and compare: the PNG to write.")
@@ -208,10 +212,15 @@ def _where_data_is() -> tuple[str | None, str | None]:
 
 def _evaluate() -> None:
     workdir, step = _run(), _step("latest")
-    from tinyvgg_jax.evaluate import evaluate_checkpoint, write_evaluation
+    from tinyvgg_jax.evaluate import evaluate_checkpoint, evaluate_seeds, write_evaluation
+    from tinyvgg_jax.runs import run_config
 
     keep_compiled_programs()
-    evaluated = evaluate_checkpoint(workdir, _SPLIT.value, step, *_where_data_is())
+    arguments = (workdir, _SPLIT.value, step, *_where_data_is(), _FLIP_AVERAGING.value)
+    if run_config(Path(workdir).expanduser()).num_seeds > 1:
+        print(reporting.seeds_table(evaluate_seeds(*arguments), _SPLIT.value))
+        return
+    evaluated = evaluate_checkpoint(*arguments)
     content = write_evaluation(evaluated)
     print(reporting.evaluation_table(content, _SPLIT.value))
     from tinyvgg_jax.report import write_report

@@ -133,9 +133,32 @@ def evaluation_table(content: dict[str, Any], split: str) -> str:
         lines.append(
             f"{row['class']:<{width}}  {accuracy:>8}  {row['correct']:>7,}  {row['count']:>7,}"
         )
+    if "flip_averaged_accuracy" in content:
+        lines.append(
+            f"{split}: accuracy {content['flip_averaged_accuracy']:.2%} averaged over mirror images"
+        )
     lines.append(
         f"{split}: accuracy {content['accuracy']:.2%} ({content['correct']:,} of "
         f"{content['count']:,}), loss {content['loss']:.4f}, checkpoint of step {content['step']}"
+    )
+    return "\n".join(lines)
+
+
+def seeds_table(content: dict[str, Any], split: str) -> str:
+    """What `evaluation/SPLIT.json` of several seeds says."""
+    lines = []
+    for name, found in content["seeds"].items():
+        show = "{:.4f}".format if name == "loss" else "{:.2%}".format
+        low, high = map(show, found["interval"])
+        lines.append(
+            f"{split} {name.replace('_', ' ')}: {show(found['mean'])}, std {show(found['std'])}, "
+            f"95 % interval of the mean {low} to {high}, n = {found['n']}: "
+            + " ".join(map(show, found["values"]))
+        )
+    ensemble = content["ensemble"]
+    lines.append(
+        f"{split} accuracy of their ensemble: {ensemble['accuracy']:.2%} "
+        f"({ensemble['correct']:,} of {ensemble['count']:,})"
     )
     return "\n".join(lines)
 

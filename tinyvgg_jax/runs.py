@@ -62,13 +62,25 @@ def restore(workdir: str | Path, step: int | str = "best") -> tuple[TinyVGG, Any
         UserError: if there is no run, no such checkpoint, or it is damaged.
     """
     workdir = Path(workdir).expanduser()
-    model, restored = restore_checkpoint(workdir, run_config(workdir), run_info(workdir), step)
+    config = single_run_config(workdir)
+    model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
     return model, restored.params
 
 
 def run_config(workdir: Path) -> ConfigDict:
     """The config of the run in a folder."""
     return config_lib.from_file(workdir / "config.json")
+
+
+def single_run_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a folder, which must be one of a single seed."""
+    config = run_config(workdir)
+    if config.num_seeds > 1:
+        raise UserError(
+            f"{workdir} holds runs of {config.num_seeds} seeds; name one of them, like "
+            f"{workdir / f'seed_{config.seed}'}."
+        )
+    return config
 
 
 def run_info(workdir: Path) -> DatasetInfo:

@@ -1,0 +1,200 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from scipy import stats
+
+from tinyvgg_jax import InterruptedRunError, UserError, restore, train, train_and_evaluate
+from tinyvgg_jax.data import load_splits
+from tinyvgg_jax.evaluate import evaluate, evaluate_checkpoint, evaluate_seeds
+from tinyvgg_jax.pipeline import DevicePipeline
+from tinyvgg_jax.seeds import statistics_of
+
+MEASURED = [f"{split}_{kind}" for split in train.SPLITS for kind in ("accuracy", "loss")]
+
+
+@pytest.fixture
+def modern(config: ConfigDict) -> ConfigDict:
+    """Everything that a state can hold and a step can draw."""
+    config.num_seeds, config.num_epochs, config.seed = 2, 2, 5
+    config.optimizer, config.schedule, config.warmup_epochs = "muon", "cosine", 0.5
+    config.nesterov, config.weight_decay, config.gradient_clipping = True, 0.01, 5.0
+    config.label_smoothing, config.ema_decay, config.model.dropout = 0.1, 0.9, 0.1
+    config.model.kernel_init = "he_normal"
+    config.augment.update(alternating_flip=True, shift_pixels=1, cutout_size=2, mixup_alpha=0.1)
+    return config
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator."""
+    monkeypatch.setattr(train, "_at_once", lambda members: True)
+
+
+def params_of(workdir: Path) -> Any:
+    return restore(workdir, "latest")[1]
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, theirs)
+
+
+def test_all_at_once_is_each_alone_to_rounding(
+    modern: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_by_one = train_and_evaluate(modern, tmp_path / "in turn")
+    monkeypatch.setattr(train, "_at_once", lambda members: True)
+    together = train_and_evaluate(modern, tmp_path / "together")
+    for seed in (5, 6):
+        ours, theirs = (tmp_path / name / f"seed_{seed}" for name in ("together", "in turn"))
+        assert_close(params_of(ours), params_of(theirs))
+        config = json.loads((ours / "config.json").read_text())
+        assert (config["seed"], config["num_seeds"]) == (seed, 1)
+        assert len((ours / "metrics.jsonl").read_text().splitlines()) == 2
+    different = [params_of(tmp_path / "together" / f"seed_{seed}") for seed in (5, 6)]
+    kernels = [params["dense"]["kernel"] for params in different]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+    for name in MEASURED:
+        assert together[name] == pytest.approx(one_by_one[name], abs=0.02)
+
+
+def test_a_seed_of_several_is_the_run_of_that_seed(config: ConfigDict, tmp_path: Path) -> None:
+    config.num_seeds, config.seed, config.num_epochs = 2, 3, 1
+    summary = train_and_evaluate(config, tmp_path / "both")
+    config.num_seeds, config.seed = 1, 4
+    alone = train_and_evaluate(config, tmp_path / "alone")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params_of(tmp_path / "both" / "seed_4"),
+        params_of(tmp_path / "alone"),
+    )
+    found = summary["seeds"]["validation_accuracy"]
+    assert found["values"][1] == alone["validation_accuracy"]
+    assert found["n"] == summary["num_seeds"] == 2
+    assert (
+        summary["validation_accuracy"] == found["mean"] == pytest.approx(sum(found["values"]) / 2)
+    )
+    # Together they are no run that could be restored; each of them is.
+    with pytest.raises(UserError, match=r"holds runs of 2 seeds; name one of them, like .*seed_3"):
+        restore(tmp_path / "both")
+
+
+class _StopAfter:
+    """Sends SIGTERM's effect after so many calls of a pipeline."""
+
+    def __init__(self, calls: int, monkeypatch: pytest.MonkeyPatch):
+        self._left = calls
+        original = DevicePipeline.epoch
+
+        def epoch(pipeline: Any, *arguments: Any) -> Any:
+            for now in original(pipeline, *arguments):
+                self._left -= 1
+                if self._left == 0:
+                    signal_myself()
+                yield now
+
+        monkeypatch.setattr(DevicePipeline, "epoch", epoch)
+
+
+def signal_myself() -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("calls", [3, 8])
+def test_interrupted_together_they_go_on_together(
+    modern: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: None,
+    calls: int,
+) -> None:
+    """Within the first epoch, and at its end; bit for bit."""
+    train_and_evaluate(modern, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _StopAfter(calls, patch)
+        with pytest.raises(InterruptedRunError, match="everything is saved in .*cut"):
+            train_and_evaluate(modern, tmp_path / "cut")
+    train_and_evaluate(modern, tmp_path / "cut")
+    for seed in (5, 6):
+        whole, cut = (tmp_path / name / f"seed_{seed}" for name in ("whole", "cut"))
+        jax.tree.map(np.testing.assert_array_equal, params_of(cut), params_of(whole))
+
+
+def test_members_left_behind_catch_up_alone(
+    config: ConfigDict, tmp_path: Path, at_once: None
+) -> None:
+    """As after a crash between the saves of two seeds."""
+    config.num_seeds, config.num_epochs = 2, 1
+    alone = config.copy_and_resolve_references()
+    alone.num_seeds = 1
+    train_and_evaluate(alone, tmp_path / "seed_0")
+    summary = train_and_evaluate(config, tmp_path)
+    assert summary["num_seeds"] == 2
+    assert (tmp_path / "seed_1" / "summary.json").exists()
+
+
+def test_without_room_for_all_they_run_in_turn(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: None
+) -> None:
+    original = DevicePipeline.epoch
+
+    def epoch(pipeline: Any, state: Any, *rest: Any) -> Any:
+        if state.step.ndim:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return original(pipeline, state, *rest)
+
+    monkeypatch.setattr(DevicePipeline, "epoch", epoch)
+    config.num_seeds, config.num_epochs = 2, 1
+    assert train_and_evaluate(config, tmp_path)["num_seeds"] == 2
+
+
+def test_all_are_evaluated_and_their_ensemble(
+    config: ConfigDict, data_dir: Path, tmp_path: Path, command_line: Callable[..., Any]
+) -> None:
+    config.num_seeds, config.num_epochs, config.learning_rate = 2, 1, 0.01
+    train_and_evaluate(config, tmp_path)
+    content = evaluate_seeds(tmp_path, "validation", flip_averaging=True)
+    split = load_splits("bars", {"v": "train[250:]"}, str(data_dir))[0]["v"]
+    each = [evaluate(*restore(tmp_path / f"seed_{seed}", "latest"), split) for seed in (0, 1)]
+    assert content["seeds"]["accuracy"]["values"] == [one.accuracy for one in each]
+    mean = (each[0].probabilities + each[1].probabilities) / 2
+    right = mean.argmax(axis=1) == split.labels
+    assert content["ensemble"]["accuracy"] == right.mean()
+    assert json.loads((tmp_path / "evaluation" / "validation.json").read_text()) == content
+    assert (tmp_path / "seed_1" / "evaluation" / "validation.json").exists()
+    done = command_line("--mode=eval", f"--workdir={tmp_path}", "--split=validation")
+    assert done.returncode == 0, done.stderr
+    assert "validation accuracy of their ensemble" in done.stdout
+    assert "n = 2" in done.stdout
+
+
+def test_flip_averaging_is_the_mean_of_both_views(
+    trained: tuple[Path, dict[str, Any]], data_dir: Path
+) -> None:
+    evaluated = evaluate_checkpoint(trained[0], flip_averaging=True)
+    assert evaluated.flipped is not None
+    model, params = restore(trained[0], "latest")
+    images = evaluated.data.images[:, :, ::-1] / np.float32(255)
+    logits = model.apply({"params": params}, images)
+    np.testing.assert_allclose(evaluated.flipped.logits, logits, rtol=1e-3, atol=1e-4)
+    mean = evaluated.result.logits + logits
+    expected = (np.asarray(mean).argmax(axis=1) == evaluated.data.labels).mean()
+    assert evaluated.flip_averaged_accuracy == pytest.approx(expected)
+    assert evaluate_checkpoint(trained[0]).flip_averaged_accuracy is None
+
+
+def test_statistics_are_students() -> None:
+    found = statistics_of([1.0, 2.0, 4.0])
+    assert found["mean"] == pytest.approx(7 / 3)
+    assert found["std"] == pytest.approx(np.std([1, 2, 4], ddof=1))
+    low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=found["std"] / 3**0.5)
+    assert found["interval"] == pytest.approx([low, high])
+    assert statistics_of([1.0])["interval"] is None
