@@ -1,9 +1,12 @@
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -11,11 +14,13 @@ from scipy import stats
 
 from tinyvgg_jax import InterruptedRunError, UserError, restore, train, train_and_evaluate
 from tinyvgg_jax.data import load_splits
-from tinyvgg_jax.evaluate import evaluate, evaluate_checkpoint, evaluate_seeds
+from tinyvgg_jax.evaluate import SPLITS, evaluate, evaluate_checkpoint, evaluate_seeds
+from tinyvgg_jax.model import apply
 from tinyvgg_jax.pipeline import DevicePipeline
 from tinyvgg_jax.seeds import statistics_of
+from tinyvgg_jax.step import to_float
 
-MEASURED = [f"{split}_{kind}" for split in train.SPLITS for kind in ("accuracy", "loss")]
+MEASURED = [f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")]
 
 
 @pytest.fixture
@@ -102,9 +107,6 @@ class _StopAfter:
 
 
 def signal_myself() -> None:
-    import os
-    import signal
-
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -120,7 +122,7 @@ def test_interrupted_together_they_go_on_together(
     train_and_evaluate(modern, tmp_path / "whole")
     with monkeypatch.context() as patch:
         _StopAfter(calls, patch)
-        with pytest.raises(InterruptedRunError, match="everything is saved in .*cut"):
+        with pytest.raises(InterruptedRunError, match=r"everything is saved in .*cut"):
             train_and_evaluate(modern, tmp_path / "cut")
     train_and_evaluate(modern, tmp_path / "cut")
     for seed in (5, 6):
@@ -182,11 +184,11 @@ def test_flip_averaging_is_the_mean_of_both_views(
     evaluated = evaluate_checkpoint(trained[0], flip_averaging=True)
     assert evaluated.flipped is not None
     model, params = restore(trained[0], "latest")
-    images = evaluated.data.images[:, :, ::-1] / np.float32(255)
-    logits = model.apply({"params": params}, images)
+    images = to_float(jnp.asarray(evaluated.data.images[:, :, ::-1]))
+    logits = np.asarray(apply(model, params, images))
     np.testing.assert_allclose(evaluated.flipped.logits, logits, rtol=1e-3, atol=1e-4)
     mean = evaluated.result.logits + logits
-    expected = (np.asarray(mean).argmax(axis=1) == evaluated.data.labels).mean()
+    expected = (mean.argmax(axis=1) == evaluated.data.labels).mean()
     assert evaluated.flip_averaged_accuracy == pytest.approx(expected)
     assert evaluate_checkpoint(trained[0]).flip_averaged_accuracy is None
 
