@@ -103,7 +103,7 @@ def reliability(curve: Calibration, theme: Theme = LIGHT) -> Figure:
     edges = 100 * np.linspace(0, 1, len(curve.counts) + 1)
     upper.plot([0, 100], [0, 100], color=theme.second, linewidth=1, linestyle="--")
     upper.annotate(
-        "as sure as right", (30, 33), color=theme.second, fontsize=9, rotation=38, ha="center"
+        "as sure as right", (16, 20), color=theme.second, fontsize=9, rotation=38, ha="center"
     )
     upper.plot(
         100 * curve.confidence[filled],
