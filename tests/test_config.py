@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
+from tinyvgg_jax import model, optimizer
 from tinyvgg_jax.errors import UserError
 
 
@@ -22,7 +23,7 @@ def test_the_default_is_the_papers_recipe() -> None:
     assert config.data.validation_split == "train[55000:]"
 
 
-@pytest.mark.parametrize("name", ["default", "quick"])
+@pytest.mark.parametrize("name", ["default", "quick", "best", "fast"])
 def test_configs_survive_json_and_do_not_differ_from_themselves(name: str, tmp_path: Path) -> None:
     config = config_lib.validated(importlib.import_module(f"configs.{name}").get_config())
     path = tmp_path / "config.json"
@@ -47,6 +48,18 @@ def test_configs_survive_json_and_do_not_differ_from_themselves(name: str, tmp_p
         ("model.widths", (), "tuple of whole numbers"),
         ("model.widths", (8, 0), "tuple of whole numbers"),
         ("model.widths", (8.0,), "tuple of whole numbers"),
+        ("num_seeds", 0, "from 1 to 1000"),
+        ("ema_decay", 1.0, "less than 1"),
+        ("label_smoothing", -0.1, "at least 0"),
+        ("model.dropout", 1.0, "less than 1"),
+        ("weight_decay", -1e-4, "0 or a positive number"),
+        ("gradient_clipping", float("nan"), "0 or a positive number"),
+        ("warmup_epochs", 4.0, "from 0 to config.num_epochs"),
+        ("schedule", "sine", "one of exponential, cosine, linear"),
+        ("optimizer", "adam", "one of sgd, muon"),
+        ("model.kernel_init", "zeros", "one of lecun_normal, he_normal, orthogonal"),
+        ("augment.shift_pixels", -1, "from 0 to 10,000"),
+        ("augment.mixup_alpha", -0.1, "0 or a positive number"),
         ("augment.rotation_degrees", 181.0, "from 0 to 180"),
         ("augment.horizontal_flip", "yes", "must be of type bool"),
         ("data.pipeline", "steam", "one of auto, device, stream"),
@@ -82,3 +95,25 @@ def test_differences_name_fields_but_not_where_the_data_lies(config: ConfigDict)
     assert config_lib.differences(config_lib.validated(config), ours) == []
     config.model.hidden = 9
     assert config_lib.differences(config_lib.validated(config), ours) == ["model.hidden: 9, not 8"]
+
+
+def test_names_are_those_of_the_rooms_that_know_them() -> None:
+    assert config_lib.OPTIMIZERS == optimizer.OPTIMIZERS
+    assert config_lib.SCHEDULES == optimizer.SCHEDULES
+    assert tuple(model.KERNEL_INITS) == config_lib.KERNEL_INITS
+
+
+def test_a_run_of_an_older_version_had_none_of_the_newer_parts(config: ConfigDict) -> None:
+    content = config.to_dict()
+    for field in config_lib._ONCE:
+        section, _, name = field.rpartition(".")
+        del (content[section] if section else content)[name]
+    assert config_lib.validated(content) == config_lib.validated(config)
+
+
+def test_the_last_seed_must_be_one_too(config: ConfigDict) -> None:
+    config.seed, config.num_seeds = 2**32 - 2, 2
+    config_lib.validated(config)
+    config.num_seeds = 3
+    with pytest.raises(UserError, match="low enough for all seeds"):
+        config_lib.validated(config)
