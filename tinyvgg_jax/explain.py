@@ -12,8 +12,9 @@ from jax import Array
 from matplotlib.figure import Figure, SubFigure
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.model import TinyVGG, max_pool_2x2
+from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.pictures import load_picture
+from tinyvgg_jax.pooling import max_pool_2x2
 from tinyvgg_jax.predict import Predictor, load_predictor
 from tinyvgg_jax.step import to_float
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tinyvgg_jax.convolution import convolution_relu
+from tinyvgg_jax.pooling import max_pool_2x2
 
 # Of variance 1 / fan-in (Flax's own choice); twice that, for ReLU (He et al., arXiv:1502.01852);
 # and orthogonal, with the gain for ReLU (Saxe et al., arXiv:1312.6120).
@@ -16,22 +17,6 @@ KERNEL_INITS = {
     "he_normal": nn.initializers.he_normal(),
     "orthogonal": nn.initializers.orthogonal(scale=2**0.5),
 }
-
-
-def max_pool_2x2(x: Array) -> Array:
-    """The maximum of each 2x2 square; an odd last row or column is left out.
-
-    A reshape and a maximum, because on a CPU the gradient of `reduce_window` is ten times slower.
-
-    Args:
-        x: `[B, H, W, C]`.
-
-    Returns:
-        `[B, H // 2, W // 2, C]`.
-    """
-    B, H, W, C = x.shape
-    even = x[:, : H // 2 * 2, : W // 2 * 2]
-    return even.reshape(B, H // 2, 2, W // 2, 2, C).max(axis=(2, 4))
 
 
 class ConvReLU(nn.Module):
@@ -78,7 +63,7 @@ class TinyVGG(nn.Module):
     """A small VGG (Simonyan & Zisserman, arXiv:1409.1556) without batch normalisation.
 
     The defaults have 1,736,906 parameters on 28x28x1 images. Parameters are float32. The
-    convolutions define reverse-mode derivatives only: `jax.grad`, not `jax.jvp`.
+    layers define reverse-mode derivatives only: `jax.grad`, not `jax.jvp`.
 
     Attributes:
         widths: filters of the convolutions of each block; a 2x2 max pooling ends each block.

@@ -1,0 +1,54 @@
+"""The pooling and its gradient, against the textbook's operations."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array, lax
+
+from tinyvgg_jax.pooling import max_pool_2x2
+
+
+def textbook(x: Array) -> Array:
+    return lax.reduce_window(
+        x, np.array(-np.inf, x.dtype), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+    )
+
+
+def distinct(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Values no two of which are equal, in any dtype: small whole numbers."""
+    values = np.random.default_rng(0).permutation(int(np.prod(shape)))
+    return jnp.asarray(values.reshape(shape) - values.size // 2, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 7, 5, 2), (3, 2, 2, 1), (2, 3, 4, 5)])
+def test_values_and_gradient_are_those_of_reduce_window(
+    shape: tuple[int, int, int, int], dtype: Any
+) -> None:
+    x = distinct(shape, dtype)
+    expected, expected_vjp = jax.vjp(textbook, x)
+    output, vjp = jax.vjp(max_pool_2x2, x)
+    np.testing.assert_array_equal(output, expected)
+    gradient = distinct(output.shape, dtype)
+    (of_input,) = vjp(gradient)
+    assert of_input.dtype == dtype
+    np.testing.assert_array_equal(of_input, expected_vjp(gradient)[0])
+
+
+def test_equal_maxima_share_the_gradient() -> None:
+    x = jnp.array([[3.0, 3.0, 1.0, 1.0], [3.0, 0.0, 1.0, 1.0]])[None, :, :, None]
+    gradient = jax.grad(lambda x: (max_pool_2x2(x) * jnp.array([6.0, 8.0])[:, None]).sum())(x)
+    expected = [[2.0, 2.0, 2.0, 2.0], [2.0, 0.0, 2.0, 2.0]]
+    np.testing.assert_allclose(gradient[0, :, :, 0], expected)
+
+
+def test_the_gradient_keeps_nothing_but_input_and_output() -> None:
+    x = distinct((1, 8, 8, 4), jnp.float32)
+    output, vjp = jax.vjp(max_pool_2x2, x)
+    kept = sorted(jax.tree.leaves(vjp), key=lambda leaf: leaf.size)
+    assert len(kept) == 2
+    np.testing.assert_array_equal(kept[0], output)
+    np.testing.assert_array_equal(kept[1], x)
