@@ -101,7 +101,7 @@ BAD_ARGUMENTS: list[tuple[list[str], str]] = [
     (["--config.learning_rate=-1"], "config.learning_rate must be a positive number, not -1.0"),
     (["--config.learning_rate=nan"], "config.learning_rate must be a positive number, not nan"),
     (["--config.model.widths=(4,4,4)"], "5 blocks, which need images of at least 32x32"),
-    (["--mode", "trian"], "unknown mode 'trian'; one of train, eval, prepare; did you mean"),
+    (["--mode", "trian"], "; did you mean 'train'?"),
     (["--config.data.train_split=tarin"], "unknown split 'tarin' of bars"),
     (["--config.data.test_split=tset"], "unknown split 'tset' of bars"),
     (["--config.data.name=bras"], "no prepared dataset 'bras'"),

@@ -192,6 +192,13 @@ class Evaluated:
         return float((logits.argmax(axis=1) == self.data.labels).mean())
 
 
+def check_split(split: str) -> None:
+    """Raises a UserError unless a run has a split of this name."""
+    if split not in SPLITS:
+        nearest = config_lib.suggestion(split, SPLITS)
+        raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}{nearest}")
+
+
 def evaluate_checkpoint(
     workdir: str | Path,
     split: str = "test",
@@ -201,12 +208,8 @@ def evaluate_checkpoint(
     flip_averaging: bool = False,
 ) -> Evaluated:
     """Evaluates a checkpoint of a run and writes nothing; see `evaluate_run`."""
+    check_split(split)
     workdir = Path(workdir).expanduser()
-    if split not in SPLITS:
-        raise UserError(
-            f"unknown split {split!r}; one of {', '.join(SPLITS)}"
-            + config_lib.suggestion(split, SPLITS)
-        )
     config = single_run_config(workdir)
     model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
     splits, info = load_splits(
@@ -327,6 +330,7 @@ def evaluate_seeds(
         both, and where asked for of `flip_averaged_accuracy`, as in `seeds.statistics_of`), and
         `ensemble`: `accuracy`, `correct` and `count` of the mean of the runs' probabilities.
     """
+    check_split(split)
     workdir = Path(workdir).expanduser()
     contents, total = [], None
     for folder in seeds.folders(workdir, run_config(workdir)):

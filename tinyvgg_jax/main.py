@@ -212,16 +212,17 @@ def _where_data_is() -> tuple[str | None, str | None]:
 
 def _evaluate() -> None:
     workdir, step = _run(), _step("latest")
-    from tinyvgg_jax.evaluate import evaluate_checkpoint, evaluate_seeds, write_evaluation
+    from tinyvgg_jax import evaluate as lib
     from tinyvgg_jax.runs import run_config
 
     keep_compiled_programs()
+    lib.check_split(_SPLIT.value)
     arguments = (workdir, _SPLIT.value, step, *_where_data_is(), _FLIP_AVERAGING.value)
     if run_config(Path(workdir).expanduser()).num_seeds > 1:
-        print(reporting.seeds_table(evaluate_seeds(*arguments), _SPLIT.value))
+        print(reporting.seeds_table(lib.evaluate_seeds(*arguments), _SPLIT.value))
         return
-    evaluated = evaluate_checkpoint(*arguments)
-    content = write_evaluation(evaluated)
+    evaluated = lib.evaluate_checkpoint(*arguments)
+    content = lib.write_evaluation(evaluated)
     print(reporting.evaluation_table(content, _SPLIT.value))
     from tinyvgg_jax.report import write_report
 
