@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,14 @@ def test_restore_gives_the_best_checkpoint_without_any_dataset(
     assert apply(model, params, to_float(jnp.asarray(split.images[:3]))).shape == (3, 5)
     _, latest = restore(str(workdir), "latest")
     assert evaluate(model, latest, split).accuracy == records[-1]["validation_accuracy"]
+
+
+def test_restore_is_silent(trained: tuple[Path, dict[str, Any]]) -> None:
+    code = f"import tinyvgg_jax; tinyvgg_jax.restore({str(trained[0])!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_what_cannot_be_evaluated_is_said(

@@ -105,6 +105,8 @@ BAD_ARGUMENTS: list[tuple[list[str], str]] = [
     (["--config.data.train_split=tarin"], "unknown split 'tarin' of bars"),
     (["--config.data.test_split=tset"], "unknown split 'tset' of bars"),
     (["--config.data.name=bras"], "no prepared dataset 'bras'"),
+    (["--config", "configs/quick.py:x"], "tinyvgg_jax: TypeError: get_config() takes 0 positional"),
+    (["--config="], "cannot read the config file: Path to config file is an empty string"),
     (["--nosuchflag"], "Unknown command line flag 'nosuchflag'"),
     (["stray"], "unexpected argument 'stray'"),
 ]

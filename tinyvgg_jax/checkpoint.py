@@ -62,11 +62,15 @@ class Checkpoints:
                 BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=_accuracy, best_mode="max", read_only=read_only
-        )
         try:
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            with _without_advice():
+                options = ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    best_fn=_accuracy,
+                    best_mode="max",
+                    read_only=read_only,
+                )
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
         except Exception as error:
             # Orbax lets whatever its JSON parser and the file system raise through.
             raise UserError(
@@ -316,6 +320,18 @@ def _as_user_error(what: str) -> Iterator[None]:
     except Exception as error:
         # A full disk reaches us as OSError, ValueError or a bare Exception from tensorstore.
         raise UserError(f"{what}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Orbax warns of what follows from `read_only`, which is what was asked for."""
+    library = logging.getLogger("absl")
+    before = library.level
+    library.setLevel(max(logging.ERROR, library.getEffectiveLevel()))
+    try:
+        yield
+    finally:
+        library.setLevel(before)
 
 
 def _first_line(error: BaseException) -> str:

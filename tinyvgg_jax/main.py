@@ -121,9 +121,13 @@ def _parse(argv: list[str]) -> list[str]:
         if _CONFIG.value is not None:
             _CONFIG.value.keys()  # A file that is missing shows only now.
     except flags.Error as error:
-        raise UserError(f"{error} (--help shows the usage)") from error
+        # It may hold a whole traceback, of which the last line says what was wrong.
+        what = str(error).strip().splitlines()[-1]
+        raise UserError(f"{what} (--help shows the usage)") from error
     except OSError as error:
-        raise UserError(f"cannot read the config file: {str(error).splitlines()[-1]}") from error
+        # After what the library says around it.
+        what = str(error).splitlines()[-1].rpartition("failure to load: ")[2]
+        raise UserError(f"cannot read the config file: {what}") from error
     except (Exception, SystemExit) as error:
         # A config file is Python: anything may come out of it.
         raise UserError(f"the config is not right: {_origin(error)}{error}") from error
