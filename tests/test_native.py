@@ -23,6 +23,13 @@ def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "tinyvgg_jax" / "native"
 
 
+@pytest.fixture
+def compiled() -> None:
+    """The functions, registered: where the tests run, there is a C compiler."""
+    assert native.available()
+
+
+@pytest.mark.usefixtures("compiled")
 def test_runs_are_equal_bit_for_bit() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     images = jax.random.normal(keys[0], (32, 14, 14, 64))
@@ -39,6 +46,7 @@ def test_runs_are_equal_bit_for_bit() -> None:
             np.testing.assert_array_equal(function(), first)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_calls_from_many_threads_at_once() -> None:
     images = jax.random.normal(jax.random.key(0), (8, 12, 12, 16))
     kernels = jax.random.normal(jax.random.key(1), (8, 3, 3, 16, 32))
