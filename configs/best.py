@@ -14,11 +14,12 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.num_epochs = 100
     config.batch_size = 128
-    config.learning_rate = 0.05
+    config.optimizer = "muon"
+    config.learning_rate = 0.02
     config.schedule = "cosine"
     config.warmup_epochs = 2.0
     config.nesterov = True
-    config.weight_decay = 5e-4
+    config.weight_decay = 0.05
     config.label_smoothing = 0.1
     config.ema_decay = 0.999
     config.model.dropout = 0.3
