@@ -75,8 +75,8 @@ def make_optimizer(
             makes the updates of kernels orthogonal. Biases and the last layer are Adam's then,
             at a tenth of the rate.
         nesterov: whether the momentum is Nesterov's.
-        weight_decay: for SGD added to the gradient, so that a step takes this times the learning
-            rate off the parameters; for Muon decoupled, to the same effect. Not of biases.
+        weight_decay: this times the parameters is added to the gradient of SGD, before momentum
+            accumulates it, and to the direction of Muon, after. Not of biases.
         gradient_clipping: upper bound of the global norm of the gradients.
 
     Returns:
@@ -91,18 +91,19 @@ def make_optimizer(
             parts.append(optax.add_decayed_weights(weight_decay, mask=is_kernel))
         parts.append(optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
     elif kind == "muon":
+        # Its rate is 1 here, so that what follows is for the last layer and the others alike.
         parts.append(
             contrib.muon(
-                schedule,
+                1.0,
                 beta=momentum,
                 nesterov=nesterov,
-                weight_decay=weight_decay,
-                weight_decay_mask=is_kernel,
-                adam_weight_decay=weight_decay,
-                adam_learning_rate=lambda step: _ADAM_SHARE * schedule(step),
+                adam_learning_rate=_ADAM_SHARE,
                 muon_weight_dimension_numbers=_matrices,
             )
         )
+        if weight_decay:
+            parts.append(optax.add_decayed_weights(-weight_decay, mask=is_kernel))
+        parts.append(optax.scale_by_schedule(schedule))
     else:
         raise ValueError(f"unknown optimizer {kind!r}; one of {', '.join(OPTIMIZERS)}.")
     return optax.chain(*parts) if len(parts) > 1 else parts[0]
