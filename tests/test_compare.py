@@ -53,7 +53,7 @@ def test_runs_are_compared_on_the_same_images(
     picture = write_comparison(comparison, tmp_path / "new" / "plot.png")
     with Image.open(picture) as image:
         assert len(np.unique(np.asarray(image.convert("L")))) > 20
-    content = json.loads((tmp_path / "new" / "plot.json").read_text())
+    content = json.loads((tmp_path / "new" / "plot.png.json").read_text())
     assert [run["accuracy"] for run in content["runs"]] == [first.accuracy] * 2 + [poor]
     assert len(content["tests"]) == 3
 

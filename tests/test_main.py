@@ -107,6 +107,7 @@ BAD_ARGUMENTS: list[tuple[list[str], str]] = [
     (["--config.data.name=bras"], "no prepared dataset 'bras'"),
     (["--config", "configs/quick.py:x"], "tinyvgg_jax: TypeError: get_config() takes 0 positional"),
     (["--config="], "cannot read the config file: Path to config file is an empty string"),
+    (["--workdir=~nobody-here/x"], "a path begins with ~ and the name of nobody here"),
     (["--nosuchflag"], "Unknown command line flag 'nosuchflag'"),
     (["stray"], "unexpected argument 'stray'"),
 ]

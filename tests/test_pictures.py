@@ -73,16 +73,20 @@ def test_what_is_transparent_is_background_whatever_colour_it_hides(
     assert (seen[[0, 1, 2, -3, -2, -1]] == 0).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "I;16", "LA"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "I;16", "LA", "F", "F/255"])
 def test_every_kind_of_pixel_gives_the_same_picture(mode: str, tmp_path: Path) -> None:
     grey = np.full((90, 70), 255, np.uint8)
     grey[30:80, 20:40] = 0
     image = Image.fromarray(grey)
-    if mode == "I;16":
+    if mode.startswith("F"):
+        values = grey.astype(np.float32) / (255 if mode == "F/255" else 1)
+        values[40:43, 25:28] = [np.nan, np.inf, -np.inf]
+        image = Image.fromarray(values)
+    elif mode == "I;16":
         image = Image.fromarray(grey.astype(np.uint16) * 257)
     else:
         image = image.convert("RGB").convert(mode) if mode == "CMYK" else image.convert(mode)
-    image.save(tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png"))
+    image.save(tmp_path / ("picture.tiff" if mode[0] in "CF" else "picture.png"))
     (path,) = tmp_path.iterdir()
     expected = np.zeros(SHAPE, np.uint8)
     expected[:, 8:19] = 255

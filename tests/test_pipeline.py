@@ -1,4 +1,5 @@
 import contextlib
+import gzip
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,19 @@ def test_a_profile_is_written_for_perfetto_and_xprof(config: ConfigDict, tmp_pat
     with contextlib.suppress(RuntimeError):  # Nothing is left running.
         jax.profiler.stop_trace()
         pytest.fail("the trace was not stopped")
+
+
+def test_a_profile_goes_on_over_epochs_of_few_calls(
+    config: ConfigDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.profile, config.batch_size, config.num_epochs = True, 100, 3
+    train_and_evaluate(config, tmp_path / "long")
+    (trace,) = (tmp_path / "long").rglob("*.trace.json.gz")
+    assert gzip.decompress(trace.read_bytes()).count(b"PjitFunction(update)") >= 3
+    config.num_epochs = 1
+    train_and_evaluate(config, tmp_path / "short")
+    assert "There is no trace" in caplog.text
+    assert not list((tmp_path / "short").rglob("*.trace.json.gz"))
 
 
 def test_resident_data_are_the_splits() -> None:

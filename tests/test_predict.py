@@ -112,6 +112,7 @@ def test_the_command_line_prints_a_table_and_goes_on_after_a_bad_file(
     trained: Trained, files: Path, command_line: CommandLine
 ) -> None:
     (files / "001.png").write_text("no picture")
+    (files / "000.png").rename(files / "00\n0.png")
     done = command_line("--mode=predict", f"--workdir={trained[0]}", files, files / "nowhere")
     assert done.returncode == 1
     errors = done.stderr.strip().splitlines()
@@ -121,6 +122,7 @@ def test_the_command_line_prints_a_table_and_goes_on_after_a_bad_file(
     head, *rows = done.stdout.splitlines()
     assert head.split() == ["class", "second", "guess", "file"]
     assert len(rows) == 69
+    assert rows[0].endswith("00\\n0.png")
     assert rows[1].endswith("002.png")
     assert rows[0].split()[0] in CLASSES
 

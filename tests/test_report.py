@@ -114,12 +114,15 @@ def test_papers_figures_stand_beside_those_of_its_dataset(run: Path, evaluated: 
     assert all(f"the paper: {value}%" in text for value in (90.3, 89.7, 89.5))
 
 
+@pytest.mark.parametrize("summary", [None, '{"seconds": "x"}', "[]"])
 def test_a_run_that_is_not_finished_has_a_report_of_what_there_is(
-    run: Path, tmp_path: Path
+    run: Path, tmp_path: Path, summary: str | None
 ) -> None:
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished)
     (unfinished / "summary.json").unlink()
+    if summary is not None:
+        (unfinished / "summary.json").write_text(summary)
     (unfinished / "metrics.jsonl").write_text("{damaged\n")
     evaluated = evaluate_checkpoint(unfinished)
     text = write_report(evaluated, write_evaluation(evaluated)).read_text()

@@ -130,6 +130,17 @@ def test_interrupted_together_they_go_on_together(
         jax.tree.map(np.testing.assert_array_equal, params_of(cut), params_of(whole))
 
 
+def test_seeds_that_have_not_begun_are_said_to_be_missing(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.num_seeds = 2
+    _StopAfter(3, monkeypatch)
+    with pytest.raises(InterruptedRunError):
+        train_and_evaluate(config, tmp_path)
+    with pytest.raises(UserError, match="is not finished: 1 of its 2 seeds have begun"):
+        evaluate_seeds(tmp_path)
+
+
 def test_members_left_behind_catch_up_alone(
     config: ConfigDict, tmp_path: Path, at_once: None
 ) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +288,28 @@ def test_a_damaged_summary_is_made_anew(config: ConfigDict, tmp_path: Path, cont
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
+def test_the_summary_of_an_earlier_training_is_not_this_ones(
+    config: ConfigDict, tmp_path: Path
+) -> None:
+    config.num_epochs = 1
+    summary = train_and_evaluate(config, tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"test_accuracy": 2.0}))
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = train_and_evaluate(config, tmp_path)
+    assert again["test_accuracy"] == summary["test_accuracy"]
+
+
+def test_checkpoints_of_nobody_knows_what_are_not_adopted(
+    config: ConfigDict, tmp_path: Path
+) -> None:
+    config.num_epochs = 1
+    train_and_evaluate(config, tmp_path)
+    (tmp_path / "config.json").unlink()
+    config.seed = 5
+    with pytest.raises(UserError, match=r"holds checkpoints, but no config.json"):
+        train_and_evaluate(config, tmp_path)
+
+
 def test_a_run_does_not_go_on_with_other_data(config: ConfigDict, tmp_path: Path) -> None:
     config.num_epochs = 1
     config.data.test_split = "test"
@@ -294,9 +317,10 @@ def test_a_run_does_not_go_on_with_other_data(config: ConfigDict, tmp_path: Path
     content = json.loads((tmp_path / "dataset.json").read_text())
     assert content["num_examples"] == {"train": 250, "validation": 80, "test": 70}
     content["num_examples"]["test"] = 71
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="holds a run on other data"):
-        train_and_evaluate(config, tmp_path)
+    for other in (json.dumps(content).encode(), b"\xff\xfe"):
+        (tmp_path / "dataset.json").write_bytes(other)
+        with pytest.raises(UserError, match="holds a run on other data"):
+            train_and_evaluate(config, tmp_path)
 
 
 def test_a_second_signal_acts_at_once() -> None:
@@ -365,8 +389,11 @@ def test_a_folder_with_a_run_of_another_config_is_refused_and_untouched(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_rejected_config_leaves_no_folder(config: ConfigDict, tmp_path: Path) -> None:
-    config.batch_size = 251
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_rejected_config_leaves_no_folder(
+    config: ConfigDict, tmp_path: Path, num_seeds: int
+) -> None:
+    config.batch_size, config.num_seeds = 251, num_seeds
     with pytest.raises(UserError, match="batch_size is 251, more than the 250 examples"):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -374,8 +401,9 @@ def test_a_rejected_config_leaves_no_folder(config: ConfigDict, tmp_path: Path) 
 
 def test_a_folder_that_cannot_be_written_is_said(config: ConfigDict, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to"):
-        train_and_evaluate(config, tmp_path / "file" / "run")
+    for folder in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="cannot write to"):
+            train_and_evaluate(config, folder)
 
 
 def test_two_runs_in_one_folder_are_refused(config: ConfigDict, tmp_path: Path) -> None:

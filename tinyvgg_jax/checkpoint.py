@@ -147,7 +147,7 @@ class Checkpoints:
             The checkpoint; None if there is none.
 
         Raises:
-            UserError: if there are checkpoints, and all of them are damaged.
+            UserError: if there were checkpoints, and all of them are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -155,10 +155,11 @@ class Checkpoints:
             if restored is not None:
                 return restored
             self._set_aside(step)
-        if steps:
+        damaged = _damaged_folder(self._folder)
+        if steps or damaged.exists():
             raise UserError(
-                f"all checkpoints in {self._folder} are damaged (set aside, not deleted). "
-                "Start again in another --workdir."
+                f"all checkpoints in {self._folder} are damaged (moved to {damaged}, not "
+                "deleted). Start again in another --workdir."
             )
         return None
 
@@ -304,8 +305,12 @@ def _metrics_file(step_folder: Path) -> Path:
     return step_folder / "metrics" / "metrics"
 
 
+def _damaged_folder(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.damaged")
+
+
 def _move_aside(step_folder: Path) -> None:
-    damaged = step_folder.parent.with_name("checkpoints.damaged")
+    damaged = _damaged_folder(step_folder.parent)
     damaged.mkdir(exist_ok=True)
     target = damaged / step_folder.name
     shutil.rmtree(target, ignore_errors=True)

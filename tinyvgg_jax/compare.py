@@ -232,7 +232,7 @@ def _short(run: ComparedRun, longest: int = 32) -> str:
 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> Path:
-    """Writes the plot as a PNG and, beside it, the figures as JSON.
+    """Writes the plot as a PNG and, into `PATH.json` beside it, the figures.
 
     Raises:
         UserError: if that cannot be written.
@@ -253,7 +253,7 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_comparison(comparison).savefig(path, format="png", dpi=120)
-        path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+        path.with_name(f"{path.name}.json").write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
     return path

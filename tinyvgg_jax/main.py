@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 1)
     except InterruptedRunError as error:
         return _fail(error, 128 + error.signal_number)
+    except RuntimeError as error:
+        # Of any path that begins like ~somebody.
+        if "home directory" not in str(error):
+            raise
+        return _fail(f"a path begins with ~ and the name of nobody here: {error}", 2)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing that was saved is lost.", 130)
     except BrokenPipeError:

@@ -122,17 +122,24 @@ def _decode(image: Image.Image, mode: str, side: int) -> np.ndarray:
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
         # 16 bits a pixel, which Pillow would cut off at 255.
-        values = np.asarray(image, np.float64)
-        top = 65535.0 if image.mode.startswith("I") and values.max() > 255 else 255.0
-        image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
-    upright = ImageOps.exif_transpose(image) or image
-    if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
-        upright = _opaque(upright.convert("RGBA"))
-    upright = upright.convert(mode)
-    if max(upright.size) > side:
-        upright.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
-    pixels = np.asarray(upright)
+        image = Image.fromarray(_to_uint8(np.array(image, np.float32), image.mode == "F"))
+    ImageOps.exif_transpose(image, in_place=True)
+    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    image = image.convert("RGBA" if transparent else mode)
+    if max(image.size) > side:
+        image.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
+    pixels = np.asarray(_opaque(image).convert(mode) if transparent else image)
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _to_uint8(values: np.ndarray, floating: bool) -> np.ndarray:
+    """What is 1, 255 or 65,535 at the most, by the look of it, to 255 at the most; in place."""
+    np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    highest = values.max()
+    top = (1.0 if highest <= 1 else 255.0) if floating else (65535.0 if highest > 255 else 255.0)
+    values.clip(0, top, out=values)
+    values *= 255 / top
+    return values.astype(np.uint8)
 
 
 def _opaque(image: Image.Image) -> Image.Image:

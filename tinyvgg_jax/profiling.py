@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class Profile:
-    """A trace of a few calls, when the first ones have compiled and warmed up everything."""
+    """A trace of a few of a run's calls, when the first have compiled and warmed up everything."""
 
     _FIRST, _CALLS = 3, 3
 
@@ -29,8 +29,12 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends the trace, if one has begun."""
-        if self._folder and self._call >= self._FIRST:
+        """Ends the trace."""
+        if self._folder and self._call > self._FIRST:
             jax.profiler.stop_trace()
             logger.info("A trace for XProf or Perfetto is in %s.", self._folder)
-            self._folder = None
+        elif self._folder:
+            if self._call == self._FIRST:
+                jax.profiler.stop_trace()
+            logger.warning("There is no trace: the run was over when it had warmed up.")
+        self._folder = None

@@ -187,5 +187,6 @@ class PredictionTable:
             f"{self._names[label]:<{self._width}} {probabilities[label]:>6.1%}"
             for label in np.argsort(-probabilities, kind="stable")[:2]
         ]
-        # The path comes last: its length is anybody's guess.
+        # The path comes last: its length is anybody's guess. It may even have a line's end in it.
+        path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
         return head + "  ".join([*guesses, path + "  (inverted)" * inverted])

@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tinyvgg_jax.config import validated
+from tinyvgg_jax.errors import UserError
 
 
 def members(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -20,10 +21,21 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def folders(workdir: Path, config: ConfigDict) -> list[Path]:
-    """The folders of a run's seeds, or the run's own if it has only one."""
+    """The folders of a run's seeds, or the run's own if it has only one.
+
+    Raises:
+        UserError: if some of them are not there yet.
+    """
     if config.num_seeds == 1:
         return [workdir]
-    return [workdir / name for name in members(config)]
+    found = [workdir / name for name in members(config)]
+    begun = sum((folder / "config.json").exists() for folder in found)
+    if begun < len(found):
+        raise UserError(
+            f"{workdir} is not finished: {begun} of its {len(found)} seeds have begun. Run its "
+            "command again to go on."
+        )
+    return found
 
 
 def statistics_of(values: list[float]) -> dict[str, Any]:

@@ -140,12 +140,15 @@ def train_and_evaluate(
     """
     config = config_lib.validated(config)
     workdir = Path(workdir).expanduser().absolute()
-    _refuse_another_run(workdir, config)
     if config.num_seeds == 1:
         return _train_alone(config, workdir)
+    _refuse_another_run(workdir, config)
+    members = {workdir / name: one for name, one in seeds.members(config).items()}
+    # What is wrong with the config shows here, before the folder is the config's.
+    first, one = next(iter(members.items()))
+    _assemble(one, first)
     with _writing_to(workdir), _alone_in(workdir):
         reporting.write_atomically(workdir / "config.json", config_lib.to_json(config))
-        members = {workdir / name: one for name, one in seeds.members(config).items()}
         summaries = _train_seeds(members)
         summary = seeds.summarise(summaries)
         reporting.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -203,7 +206,14 @@ def _train_together(members: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
 
 def _refuse_another_run(workdir: Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
-    if path.exists():
+    with _writing_to(workdir):
+        is_run, has_checkpoints = path.exists(), (workdir / "checkpoints").exists()
+    if has_checkpoints and not is_run:
+        raise UserError(
+            f"{workdir} holds checkpoints, but no config.json that says of what. Put it back, or "
+            "pass another --workdir."
+        )
+    if is_run:
         differences = config_lib.differences(config, config_lib.from_file(path))
         if differences:
             raise UserError(
@@ -218,10 +228,11 @@ def _describe(run: _Run) -> None:
     content = dataclasses.asdict(run.info) | {"num_examples": sizes}
     dataset = json.dumps(content, indent=2) + "\n"
     path = run.workdir / "dataset.json"
-    if path.exists() and path.read_text() != dataset:
+    if path.exists() and path.read_bytes() != dataset.encode():
         raise UserError(
             f"{run.workdir} holds a run on other data than {run.config.data.name} is here: see "
-            f"{path}. Pass another --workdir, or the right --config.data.data_dir."
+            f"{path}, unless that is damaged. Pass another --workdir, or the right "
+            "--config.data.data_dir."
         )
     reporting.write_atomically(run.workdir / "dataset.json", dataset)
     reporting.write_atomically(run.workdir / "config.json", config_lib.to_json(run.config))
@@ -356,15 +367,18 @@ def _train(members: list[_Member]) -> None:
     if first == num_epochs:
         return
     pipeline = run.pipeline if len(members) == 1 else _pipeline_of_all(members)
-    with _stop_signal() as received, contextlib.ExitStack() as stack:
+    profile = Profile(run.workdir / "profile" if run.config.profile else None)
+    with _stop_signal() as received, contextlib.closing(profile), contextlib.ExitStack() as stack:
         writers = []
         for member in members:
+            # Of an earlier end, if there was one.
+            (member.run.workdir / "summary.json").unlink(missing_ok=True)
             folder = str(member.run.workdir / "tensorboard")
             purge_step = int(position.state.step) + 1 if first else None
             writers.append(SummaryWriter(folder, purge_step=purge_step))
             stack.callback(writers[-1].close)
         for epoch in range(first, num_epochs):
-            _train_epoch(members, pipeline, epoch, received)
+            _train_epoch(members, pipeline, epoch, received, profile)
             examples = run.steps_per_epoch * run.config.batch_size
             if received and int(position.sums.examples) < examples:
                 for member in members:
@@ -396,6 +410,7 @@ def _train_epoch(
     pipeline: StreamPipeline | DevicePipeline,
     epoch: int,
     received: list[int],
+    profile: Profile,
 ) -> None:
     """Takes the epoch's remaining steps; fewer if a signal is received."""
     run, positions = members[0].run, [member.position for member in members]
@@ -405,7 +420,7 @@ def _train_epoch(
         state, sums = positions[0].state, positions[0].sums
     else:
         state, sums = _stacked([(position.state, position.sums) for position in positions])
-    state, sums = _run_epoch(run, pipeline, epoch, first_step, (state, sums), received)
+    state, sums = _run_epoch(run, pipeline, epoch, first_step, (state, sums), received, profile)
     seconds = (time.perf_counter() - start) / len(members)
     for index, position in enumerate(positions):
         if len(positions) == 1:
@@ -424,15 +439,15 @@ def _run_epoch(
     first_step: int,
     start: tuple[TrainState, Metrics],
     received: list[int],
+    profile: Profile,
 ) -> tuple[TrainState, Metrics]:
     """Takes steps and shows the progress, until the epoch's end or a signal."""
     progress = reporting.Progress(
         epoch + 1, run.config.num_epochs, first_step, run.steps_per_epoch, run.config.batch_size
     )
-    profile = Profile(run.workdir / "profile" if run.config.profile else None)
     under_way: deque[Array] = deque()
     state, sums = start
-    with contextlib.closing(progress), contextlib.closing(profile):
+    with contextlib.closing(progress):
         for now in pipeline.epoch(state, sums, epoch, first_step):
             state, sums = now.state, now.sums
             under_way.append(now.done)

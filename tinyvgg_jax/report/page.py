@@ -86,12 +86,15 @@ def _history(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _summary(workdir: Path) -> dict[str, Any]:
-    """summary.json; empty if the run is not finished."""
+    """summary.json; empty if the run is not finished, or it is damaged."""
     try:
-        content = json.loads((workdir / "summary.json").read_text())
-    except (OSError, ValueError):
+        content: dict[str, Any] = json.loads((workdir / "summary.json").read_text())
+        for key in ("seconds", *(f"{split}_accuracy" for split in PAPER)):
+            content[key] = float(content[key])
+        dict(content["versions"])
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def _confidence(evaluated: Evaluated) -> np.ndarray:
@@ -165,8 +168,8 @@ def _facts(evaluated: Evaluated) -> str:
     summary = _summary(evaluated.workdir)
     facts = [f"{evaluated.parameters:,} parameters"]
     if summary:
-        facts.append(f"{summary.get('seconds', 0):,.0f} s of training on {summary.get('device')}")
-        versions = summary.get("versions") or {}
+        facts.append(f"{summary['seconds']:,.0f} s of training on {summary.get('device')}")
+        versions = summary["versions"]
         facts += [f"{name} {versions[name]}" for name in ("jax", "flax") if name in versions]
     return _text(", ".join(facts))
 
