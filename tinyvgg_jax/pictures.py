@@ -11,7 +11,7 @@ from tinyvgg_jax.errors import UserError
 
 INVERT = ("auto", "yes", "no")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-# Refused beyond this: decoded, it would take 4 bytes a pixel. A phone's photo has 12 to 50 million.
+# Refused beyond this: it takes up to 12 bytes a pixel. A phone's photo has 12 to 50 million.
 _MAX_PIXELS = 100_000_000
 # Fewer pixels on the longer side show nothing that could be told apart.
 _MIN_SIDE = 8
