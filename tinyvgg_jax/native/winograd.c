@@ -326,19 +326,18 @@ typedef struct {
   Plan plan;
   const float *x, *kernel, *bias;
   float least; /* of the output: 0 for a ReLU */
-  float *u, *y;
+  float *u, *y; /* u is NULL where each task transforms its own panels. */
   long groups; /* of panels, for threads that would have no chunk */
   /* The kernel [3, 3, in, out] as seen by this convolution: where it begins, and strides. */
   long first, tap, in, out;
 } Forward;
 
-/* u = G g G' for one panel of output channels. */
+/* u = G g G' for one panel of output channels, [C, COLUMNS] for each of the 16. */
 static inline __attribute__((always_inline)) void transform_kernel_panel(
-    const Forward *f, long panel, long out) {
-  long columns = min(f->plan.O - panel * COLUMNS, COLUMNS), step = f->plan.u_step, tap = f->tap;
-  for (long c = 0; c < f->plan.C; c++) {
+    const Forward *f, long panel, long out, float *u, long step) {
+  long columns = min(f->plan.O - panel * COLUMNS, COLUMNS), tap = f->tap;
+  for (long c = 0; c < f->plan.C; c++, u += COLUMNS) {
     const float *g = f->kernel + f->first + c * f->in + panel * COLUMNS * out;
-    float *u = f->u + (panel * f->plan.C + c) * COLUMNS;
     if (columns < COLUMNS)
       for (int k = 0; k < 16; k++) memset(u + k * step, 0, COLUMNS * sizeof(float));
 #pragma omp simd
@@ -363,36 +362,45 @@ static inline __attribute__((always_inline)) void transform_kernel_panel(
   }
 }
 
+static void transform_panel(const Forward *f, long panel, float *u, long step) {
+  if (f->out == 1)
+    transform_kernel_panel(f, panel, 1, u, step);
+  else
+    transform_kernel_panel(f, panel, f->out, u, step);
+}
+
 static void transform_kernel(void *argument, long panel) {
   const Forward *f = argument;
-  if (f->out == 1)
-    transform_kernel_panel(f, panel, 1);
-  else
-    transform_kernel_panel(f, panel, f->out);
+  transform_panel(f, panel, f->u + panel * f->plan.C * COLUMNS, f->plan.u_step);
 }
 
 /* One chunk of the tiles, and one group of the panels of output channels. */
 static void convolve_chunk(void *argument, long index) {
   Forward *f = argument;
   Plan *plan = &f->plan;
+  /* The transformed kernel: of all panels, or where nobody else needs it, of one at a time. */
+  long u_step = f->u ? plan->u_step : plan->C * COLUMNS + 16;
   size_t size;
-  float *v = borrow(16 * (plan->v_step + plan->m_step) + plan->O, &size);
+  float *v = borrow(16 * (plan->v_step + plan->m_step + (f->u ? 0 : u_step)) + plan->O, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
     return;
   }
-  float *m = v + 16 * plan->v_step, *nowhere = m + 16 * plan->m_step;
+  float *m = v + 16 * plan->v_step, *one_panel = m + 16 * plan->m_step;
+  float *nowhere = one_panel + (f->u ? 0 : 16 * u_step);
   long panels = plan->O_up / COLUMNS, group = index % f->groups;
   long panel = panels * group / f->groups, end = panels * (group + 1) / f->groups;
   long first = index / f->groups * plan->chunk, n = min(plan->chunk, plan->tiles - first);
   long from = panel * COLUMNS, to = min(end * COLUMNS, plan->O);
-  if (plan->chunks == 1) /* Nobody else needs these panels. */
-    for (long p = panel; p < end; p++) transform_kernel(f, p);
   for (long t = 0; t < n; t++) transform_input(plan, f->x, first + t, v + t * plan->C);
-  for (int k = 0; k < 16; k++)
-    product(round_up(n, ROWS), (end - panel) * COLUMNS, plan->C, v + k * plan->v_step, plan->C, 1,
-            f->u + k * plan->u_step + panel * plan->C * COLUMNS, plan->C * COLUMNS, COLUMNS,
-            m + k * plan->m_step + from, plan->O_up, 0);
+  for (long p = panel; p < end; p = f->u ? end : p + 1) {
+    const float *u = f->u ? f->u + p * plan->C * COLUMNS : one_panel;
+    if (!f->u) transform_panel(f, p, one_panel, u_step);
+    for (int k = 0; k < 16; k++)
+      product(round_up(n, ROWS), f->u ? (end - p) * COLUMNS : COLUMNS, plan->C,
+              v + k * plan->v_step, plan->C, 1, u + k * u_step, plan->C * COLUMNS, COLUMNS,
+              m + k * plan->m_step + p * COLUMNS, plan->O_up, 0);
+  }
   for (long t = 0; t < n; t++)
     transform_output(plan, m + t * plan->O_up, first + t, f->bias, f->least, from, to, f->y,
                      nowhere);
@@ -509,15 +517,16 @@ static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, const float *bias
   f.bias = bias ? bias : zeros;
   f.least = bias ? 0 : -INFINITY;
   f.groups = min(f.plan.O_up / COLUMNS, (threads + f.plan.chunks - 1) / f.plan.chunks);
-  f.u = borrow(16 * f.plan.u_step, &u_size);
-  if (zeros && f.u) {
+  int shared = f.plan.chunks > 1;
+  f.u = shared ? borrow(16 * f.plan.u_step, &u_size) : NULL;
+  if (zeros && (f.u || !shared)) {
     memset(zeros, 0, max(x->dims[3], O) * sizeof(float));
-    if (f.plan.chunks > 1) parallel_for(frame, f.plan.O_up / COLUMNS, transform_kernel, &f);
+    if (shared) parallel_for(frame, f.plan.O_up / COLUMNS, transform_kernel, &f);
     parallel_for(frame, f.plan.chunks * f.groups, convolve_chunk, &f);
   }
-  int failed = !zeros || !f.u || atomic_load(&f.plan.failed);
+  int failed = !zeros || (shared && !f.u) || atomic_load(&f.plan.failed);
   give_back(zeros, zeros_size);
-  give_back(f.u, u_size);
+  if (shared) give_back(f.u, u_size);
   return failed ? out_of_memory(frame) : NULL;
 }
 
