@@ -47,7 +47,7 @@ static long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 /* ---- Memory: buffers are kept for the next call, because fresh pages cost as much as the work. */
 
-#define KEPT 64
+#define KEPT 16
 static struct {
   size_t size;
   float *data;
@@ -68,7 +68,7 @@ static float *borrow(size_t floats, size_t *size) {
   for (int i = 0; i < KEPT; i++)
     if (kept[i].data && kept[i].size >= floats && (best < 0 || kept[i].size < kept[best].size))
       best = i;
-  if (best >= 0 && kept[best].size <= 4 * floats + 65536) {
+  if (best >= 0 && kept[best].size <= 16 * floats + 65536) {
     data = kept[best].data;
     *size = kept[best].size;
     kept[best].data = NULL;
