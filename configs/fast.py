@@ -2,7 +2,8 @@
 
     python -m tinyvgg_jax.main --config configs/fast.py --config.num_seeds=5
 
-Nothing of it has been measured on a GPU yet: neither the time nor the accuracy.
+Nothing of it has been measured on a GPU yet: neither the time nor the accuracy. Batch
+size, rate and epochs are first guesses.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ def get_config() -> ConfigDict:
     config = best.get_config()
     config.dtype = "bfloat16"
     config.num_epochs = 12
-    # Muon's own work is the same at any batch size, and large batches cost it little accuracy.
+    # Muon's own work is the same at any batch size, so that a small one would be mostly that.
     config.batch_size = 512
     config.learning_rate = 0.03
     config.schedule = "linear"
