@@ -7,7 +7,8 @@ import pytest
 from jax import Array, lax
 
 from tinyvgg_jax import convolution, native
-from tinyvgg_jax.convolution import convolution_relu
+from tinyvgg_jax.convolution import convolution_relu, convolution_relu_pool
+from tinyvgg_jax.pooling import max_pool_2x2
 
 # Batch, height, width, input and output channels, kernel height and width.
 MODEL_SHAPES = [
@@ -131,3 +132,99 @@ def test_vmap_over_kernels(formulation: str) -> None:
 
     expected = jnp.stack([gradient(kernel) for kernel in kernels])
     np.testing.assert_allclose(jax.vmap(gradient)(kernels), expected, rtol=1e-4, atol=1e-3)
+
+
+def one_after_the_other(images: Array, kernel: Array, bias: Array) -> Array:
+    return max_pool_2x2(convolution_relu(images, kernel, bias))
+
+
+def assert_pooled_alike(*arguments: Array) -> None:
+    """The fused operation against its two parts: equal values, gradients but for rounding."""
+    cotangent = jnp.asarray(
+        np.random.default_rng(1).normal(size=one_after_the_other(*arguments).shape),
+        arguments[0].dtype,
+    )
+    fused = with_gradients(convolution_relu_pool, *arguments, cotangent)
+    parts = with_gradients(one_after_the_other, *arguments, cotangent)
+    np.testing.assert_array_equal(fused[0], parts[0])
+    for a, b in zip(fused[1:], parts[1:], strict=True):
+        assert a.dtype == b.dtype
+        scale = float(jnp.abs(b).max(initial=1e-9))
+        np.testing.assert_allclose(a / scale, b / scale, atol=3e-6)
+
+
+@pytest.mark.parametrize("shape", MODEL_SHAPES + ODD_SHAPES)
+def test_with_pooling(shape: tuple[int, ...], formulation: str) -> None:
+    assert_pooled_alike(*draw(shape, "float32")[0])
+
+
+def test_with_pooling_in_another_dtype(formulation: str) -> None:
+    arguments, _ = draw((2, 6, 6, 2, 3, 3, 3), "bfloat16")
+    np.testing.assert_array_equal(
+        convolution_relu_pool(*arguments), one_after_the_other(*arguments)
+    )
+
+
+def test_equal_maxima_share_the_gradient(formulation: str) -> None:
+    # Without texture all four of a square are equal, as on the black around a garment.
+    images, kernel, bias = jnp.zeros((1, 4, 6, 2)), jnp.ones((3, 3, 2, 20)), jnp.ones(20)
+    # The maximum -1 is one of ReLU's zeros, and so is 0.
+    assert_pooled_alike(images, kernel, bias.at[::3].set(-1).at[1::3].set(0))
+
+
+def test_with_pooling_what_is_not_a_number_stays_none(formulation: str) -> None:
+    (images, kernel, bias), _ = draw((1, 8, 8, 2, 3, 3, 3), "float32")
+    # A pixel that the squares around see with another of their four.
+    for row, column in ((4, 4), (4, 5), (5, 4), (5, 5)):
+        output = convolution_relu_pool(images.at[0, row, column].set(jnp.nan), kernel, bias)
+        seen = jnp.zeros((4, 4), bool)
+        for h in range(row - 1, row + 2):
+            for w in range(column - 1, column + 2):
+                seen = seen.at[h // 2, w // 2].set(True)
+        assert jnp.isnan(output[0][seen]).all()
+
+
+def test_with_pooling_under_vmap(formulation: str) -> None:
+    (images, kernel, bias), _ = draw((2, 6, 6, 2, 3, 3, 3), "float32")
+
+    def gradient(kernel: Array) -> Array:
+        return jax.grad(lambda k: (convolution_relu_pool(images, k, bias) ** 2).sum())(kernel)
+
+    kernels = jnp.stack([kernel, 2 * kernel])
+    expected = jnp.stack([gradient(kernel) for kernel in kernels])
+    np.testing.assert_allclose(jax.vmap(gradient)(kernels), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("function", [convolution_relu, convolution_relu_pool])
+def test_other_platforms_get_what_is_xlas_alone(function: Function) -> None:
+    assert native.available()
+    arguments, _ = draw((2, 6, 6, 2, 3, 3, 3), "float32")
+    gradient = jax.jit(jax.grad(lambda *a: function(*a).sum(), argnums=(0, 1, 2)))
+    for platform, calls_c in (("cpu", True), ("cuda", False)):
+        lowered = gradient.trace(*arguments).lower(lowering_platforms=(platform,))
+        assert ("tinyvgg_" in lowered.as_text()) == calls_c
+
+
+def test_the_fused_operation_of_other_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced on a machine with a C compiler, and lowered for a device that has no use for it.
+    assert native.available()
+    choose = lax.platform_dependent
+
+    def as_elsewhere(*arguments: Array, default: Function, **platforms: Function) -> Array:
+        return choose(*arguments, default=default)
+
+    monkeypatch.setattr(lax, "platform_dependent", as_elsewhere)
+    for shape in MODEL_SHAPES[1:3] + ODD_SHAPES[:2]:
+        assert_pooled_alike(*draw(shape, "float32")[0])
+
+
+def test_the_fused_operation_keeps_a_byte_for_each_square() -> None:
+    assert native.available()
+    (images, kernel, bias), _ = draw((2, 8, 8, 3, 16, 3, 3), "float32")
+    _, vjp = jax.vjp(convolution_relu_pool, images, kernel, bias)
+    kept = {(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(vjp)}
+    assert kept == {
+        (images.shape, "float32"),
+        (kernel.shape, "float32"),
+        ((2, 4, 4, 16), "uint8"),
+    }

@@ -4,12 +4,15 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 
 from tinyvgg_jax import native
 from tinyvgg_jax.convolution import convolution_relu
@@ -34,16 +37,27 @@ def test_runs_are_equal_bit_for_bit() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     images = jax.random.normal(keys[0], (32, 14, 14, 64))
     kernel = jax.random.normal(keys[1], (3, 3, 64, 128))
-    gradient = jax.random.normal(keys[2], (32, 14, 14, 128))
-    functions = [
-        lambda: jax.jit(native.convolution_relu)(images, kernel, jnp.ones(128)),
-        lambda: jax.jit(native.input_gradient)(gradient, kernel),
-        lambda: jax.jit(native.kernel_gradient)(images, gradient),
+    gradient, bias = jax.random.normal(keys[2], (32, 14, 14, 128)), jnp.ones(128)
+    output = jax.jit(native.convolution_relu)(images, kernel, bias)
+    share, maxima = jax.jit(native.convolution_relu_pool_maxima)(images, kernel, bias)
+    calls: list[tuple[Callable[..., Any], tuple[Array, ...]]] = [
+        (native.convolution_relu, (images, kernel, bias)),
+        (native.input_gradient, (gradient, output, kernel)),
+        (native.parameter_gradient, (images, gradient, output)),
+        (native.convolution_relu_pool_maxima, (images, kernel, bias)),
+        (native.pooled_parameter_gradient, (images, share, maxima)),
+        (
+            lambda share, maxima, kernel: native.pooled_input_gradient(
+                share, maxima, kernel, images.shape
+            ),
+            (share, maxima, kernel),
+        ),
     ]
-    for function in functions:
-        first = np.asarray(function())
+    for function, arguments in calls:
+        compiled = jax.jit(function)
+        first = compiled(*arguments)
         for _ in range(5):
-            np.testing.assert_array_equal(function(), first)
+            jax.tree.map(np.testing.assert_array_equal, compiled(*arguments), first)
 
 
 @pytest.mark.usefixtures("compiled")

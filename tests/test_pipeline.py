@@ -1,5 +1,7 @@
 import contextlib
 import gzip
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tinyvgg_jax import TinyVGG, data, train
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.data import Batch, Split, fits_on_device
 from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
-from tinyvgg_jax.pipeline import DevicePipeline, Keys, StreamPipeline
+from tinyvgg_jax.pipeline import DevicePipeline, Keys, Progress, StreamPipeline, _Pipeline
 from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step
 from tinyvgg_jax.train import train_and_evaluate
 
@@ -210,3 +212,25 @@ def test_resident_data_are_the_splits() -> None:
     assert isinstance(batch.images, jax.Array)
     np.testing.assert_array_equal(batch.images, split.images)
     np.testing.assert_array_equal(batch.labels, split.labels)
+
+
+@pytest.mark.parametrize(("seconds", "waiting"), [(0.03, 1), (0.0, 4)])
+def test_calls_wait_in_a_short_queue(seconds: float, waiting: int) -> None:
+    """Long ones because of their memory, short ones so that the device never waits."""
+    called, ended = [0], [0]
+
+    class Done:
+        def block_until_ready(self) -> None:
+            time.sleep(seconds)
+            ended[0] += 1
+
+    class Calls(_Pipeline):
+        def _calls(self, *_: Any) -> Iterator[Progress]:
+            for number in range(20):
+                called[0] += 1
+                yield Progress(state, sums, Done(), number)  # type: ignore[arg-type]
+
+    state, sums = beginning()
+    queues = [called[0] - ended[0] for _ in Calls().epoch(state, sums, 0, 0)]
+    assert queues[0] == 1
+    assert queues[-8:] == 8 * [waiting]

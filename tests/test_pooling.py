@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import Array, lax
 
-from tinyvgg_jax.pooling import max_pool_2x2
+from tinyvgg_jax.pooling import max_pool_2x2, share_among_maxima, which_are_maxima
 
 
 def textbook(x: Array) -> Array:
@@ -52,3 +52,15 @@ def test_the_gradient_keeps_nothing_but_input_and_output() -> None:
     assert len(kept) == 2
     np.testing.assert_array_equal(kept[0], output)
     np.testing.assert_array_equal(kept[1], x)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 7, 5, 2)])
+def test_bits_tell_the_maxima(shape: tuple[int, int, int, int]) -> None:
+    x = distinct(shape, jnp.float32).at[0, :2, :2, 0].set(100)
+    output, vjp = jax.vjp(max_pool_2x2, x)
+    maxima = which_are_maxima(x, output)
+    assert maxima.dtype == jnp.uint8
+    assert maxima[0, 0, 0, 0] == 0b1111
+    gradient = distinct(output.shape, jnp.float32)
+    share = gradient / jax.lax.population_count(maxima)
+    np.testing.assert_array_equal(share_among_maxima(share, maxima, shape[1:3]), vjp(gradient)[0])

@@ -1,9 +1,10 @@
-"""The SAME convolution of the model, with a kernel gradient that is fast on a CPU.
+"""The SAME convolution of the model, in formulations that are fast on a CPU.
 
 XLA's CPU backend computes the gradient with respect to a convolution's kernel several times
-slower than its own matrix product could. There, this file writes that gradient as a product
-of image patches with the output's gradient, a few images at a time, so that the patches stay
-in the cache. On other platforms the derivative is XLA's own.
+slower than its own matrix product could. So there, 3x3 convolutions in float32 are `native`'s,
+together with the pooling that may follow. Where they cannot be, this file writes that gradient as
+a product of image patches with the output's gradient, a few images at a time, so that the patches
+stay in the cache. On other platforms everything is XLA's own.
 """
 
 from functools import partial
@@ -13,10 +14,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tinyvgg_jax import native
+from tinyvgg_jax.pooling import max_pool_2x2, share_among_maxima, which_are_maxima
 
 # Output pixels whose patches are gathered at a time: the best of 196 to 25,088 on two cores
 # of an AMD EPYC at the model's own shapes. It also bounds the extra memory.
 _PIXELS_PER_CHUNK = 3136
+
+# Of images, kernel and bias.
+Gradients = tuple[Array, Array, Array]
 
 
 def _same_convolution(images: Array, kernel: Array) -> Array:
@@ -92,23 +97,82 @@ def _forward(images: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Ar
     return output, (images, kernel, output)
 
 
-def _backward(residuals: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+def _backward(residuals: tuple[Array, Array, Array], gradient: Array) -> Gradients:
     images, kernel, output = residuals
 
-    def xla(images: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        return jax.vjp(_same_convolution, images, kernel)[1](gradient)
+    def xla(images: Array, kernel: Array, gradient: Array, output: Array) -> Gradients:
+        gradient = jnp.where(output > 0, gradient, 0)
+        of_images, of_kernel = jax.vjp(_same_convolution, images, kernel)[1](gradient)
+        return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
 
-    def cpu(images: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        if _native(images, kernel):
-            return native.input_gradient(gradient, kernel), native.kernel_gradient(images, gradient)
+    def patches(images: Array, kernel: Array, gradient: Array, output: Array) -> Gradients:
+        gradient = jnp.where(output > 0, gradient, 0)
         _, input_vjp = jax.vjp(partial(_same_convolution, kernel=kernel), images)
         size = (kernel.shape[0], kernel.shape[1])
-        by_patches = _kernel_gradient_from_patches(images, gradient, size)
-        return input_vjp(gradient)[0], by_patches.astype(kernel.dtype)
+        of_kernel = _kernel_gradient_from_patches(images, gradient, size).astype(kernel.dtype)
+        return input_vjp(gradient)[0], of_kernel, gradient.sum(axis=(0, 1, 2))
 
-    gradient = jnp.where(output > 0, gradient, 0)
-    of_images, of_kernel = lax.platform_dependent(images, kernel, gradient, cpu=cpu, default=xla)
-    return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
+    def compiled(images: Array, kernel: Array, gradient: Array, output: Array) -> Gradients:
+        of_parameters = native.parameter_gradient(images, gradient, output)
+        return native.input_gradient(gradient, output, kernel), *of_parameters
+
+    cpu = compiled if _native(images, kernel) else patches
+    return lax.platform_dependent(images, kernel, gradient, output, cpu=cpu, default=xla)
 
 
 convolution_relu.defvjp(_forward, _backward)
+
+
+def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> Array:
+    """`max_pool_2x2(convolution_relu(...))`, on a CPU without writing what is pooled.
+
+    Args and errors are those of `convolution_relu`.
+
+    Returns:
+        `[B, H // 2, W // 2, C_out]`, the dtype of `images`.
+    """
+    if _native(images, kernel) and min(images.shape[1:3]) >= 2:
+        return _fused(images, kernel, bias)
+    return max_pool_2x2(convolution_relu(images, kernel, bias))
+
+
+@jax.custom_vjp
+def _fused(images: Array, kernel: Array, bias: Array) -> Array:
+    def xla(images: Array, kernel: Array, bias: Array) -> Array:
+        return max_pool_2x2(jax.nn.relu(_same_convolution(images, kernel) + bias))
+
+    cpu = native.convolution_relu_pool
+    return lax.platform_dependent(images, kernel, bias, cpu=cpu, default=xla)
+
+
+def _fused_forward(
+    images: Array, kernel: Array, bias: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    def xla(images: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
+        output = jax.nn.relu(_same_convolution(images, kernel) + bias)
+        pooled = max_pool_2x2(output)
+        return pooled, which_are_maxima(output, pooled) * (pooled > 0)
+
+    cpu = native.convolution_relu_pool_maxima
+    pooled, maxima = lax.platform_dependent(images, kernel, bias, cpu=cpu, default=xla)
+    return pooled, (images, kernel, maxima)
+
+
+def _fused_backward(residuals: tuple[Array, Array, Array], gradient: Array) -> Gradients:
+    images, kernel, maxima = residuals
+    share = gradient / jnp.maximum(lax.population_count(maxima), 1)
+
+    def xla(images: Array, kernel: Array, share: Array, maxima: Array) -> Gradients:
+        of_output = share_among_maxima(share, maxima, images.shape[1:3])
+        of_images, of_kernel = jax.vjp(_same_convolution, images, kernel)[1](of_output)
+        return of_images, of_kernel, of_output.sum(axis=(0, 1, 2))
+
+    def cpu(images: Array, kernel: Array, share: Array, maxima: Array) -> Gradients:
+        of_parameters = native.pooled_parameter_gradient(images, share, maxima)
+        of_images = native.pooled_input_gradient(share, maxima, kernel, images.shape)
+        return of_images, *of_parameters
+
+    return lax.platform_dependent(images, kernel, share, maxima, cpu=cpu, default=xla)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

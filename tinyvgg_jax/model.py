@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from tinyvgg_jax.convolution import convolution_relu
+from tinyvgg_jax.convolution import convolution_relu, convolution_relu_pool
 from tinyvgg_jax.pooling import max_pool_2x2
 
 # Of variance 1 / fan-in (Flax's own choice); twice that, for ReLU (He et al., arXiv:1502.01852);
@@ -20,7 +20,7 @@ KERNEL_INITS = {
 
 
 class ConvReLU(nn.Module):
-    """A 3x3 convolution, SAME, with a bias and ReLU: `nn.Conv` and `nn.relu` in one operation.
+    """A 3x3 convolution, SAME, with a bias, ReLU and perhaps 2x2 max pooling, in one operation.
 
     Attributes:
         features: number of filters.
@@ -33,12 +33,13 @@ class ConvReLU(nn.Module):
     kernel_init: str = "lecun_normal"
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` to `[B, H, W, features]`."""
+    def __call__(self, x: Array, pool: bool = False) -> Array:
+        """`[B, H, W, C]` to `[B, H, W, features]`, or pooled `[B, H // 2, W // 2, features]`."""
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", KERNEL_INITS[self.kernel_init], shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return convolution_relu(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+        function = convolution_relu_pool if pool else convolution_relu
+        return function(*(a.astype(self.dtype) for a in (x, kernel, bias)))
 
 
 def apply(model: nn.Module, params: Any, images: Array, dropout_key: Array | None = None) -> Array:
@@ -108,13 +109,29 @@ class TinyVGG(nn.Module):
             ValueError: if `images` does not have four dimensions, or its height or width is
                 less than 2 to the number of blocks, so that nothing is left after pooling.
         """
-        return self.classify(self.activations(images)[-1], train)
+        self._check(images)
+        x = images.astype(self.dtype)
+        for block in range(1, len(self.widths) + 1):
+            x = self._block(block, x, pool=True)
+        return self._head(x, train)
 
     def activations(self, images: Array) -> list[Array]:
         """What each block's last convolution answers: `[B, H / 2**i, W / 2**i, widths[i]]`.
 
         The input of the block after it is its 2x2 maximum. Args and errors are those of a call.
         """
+        self._check(images)
+        answers: list[Array] = []
+        for block in range(1, len(self.widths) + 1):
+            x = max_pool_2x2(answers[-1]) if answers else images.astype(self.dtype)
+            answers.append(self._block(block, x, pool=False))
+        return answers
+
+    def classify(self, x: Array) -> Array:
+        """From the last of the `activations` to `[B, num_classes]` float32 logits."""
+        return self._head(max_pool_2x2(x), train=False)
+
+    def _check(self, images: Array) -> None:
         if images.ndim != 4:
             raise ValueError(f"images must be [B, H, W, C], not of shape {images.shape}.")
         smallest = 2 ** len(self.widths)
@@ -123,17 +140,14 @@ class TinyVGG(nn.Module):
                 f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for "
                 f"{len(self.widths)} blocks: at least {smallest}x{smallest}, or fewer widths."
             )
-        answers: list[Array] = []
-        for block in range(1, len(self.widths) + 1):
-            x = max_pool_2x2(answers[-1]) if answers else images.astype(self.dtype)
-            for layer in range(1, self.convs_per_block + 1):
-                x = getattr(self, f"conv{block}_{layer}")(x)
-            answers.append(x)
-        return answers
 
-    def classify(self, x: Array, train: bool = False) -> Array:
-        """From the last of the `activations` to `[B, num_classes]` float32 logits."""
-        x = max_pool_2x2(x)
+    def _block(self, block: int, x: Array, pool: bool) -> Array:
+        for layer in range(1, self.convs_per_block + 1):
+            convolution = getattr(self, f"conv{block}_{layer}")
+            x = convolution(x, pool=pool and layer == self.convs_per_block)
+        return x
+
+    def _head(self, x: Array, train: bool) -> Array:
         x = self.drop(x.reshape(x.shape[0], -1), deterministic=not train)
         x = self.drop(nn.relu(self.dense(x)), deterministic=not train)
         return cast(Array, self.logits(x)).astype(jnp.float32)

@@ -5,6 +5,8 @@ at. Only the device knows the figures until somebody fetches them.
 """
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -15,10 +17,14 @@ import numpy as np
 from jax import Array, lax
 
 from tinyvgg_jax.data import Batch, Split, epoch_order, resident, stream
+from tinyvgg_jax.memory import give_back_freed_memory
 from tinyvgg_jax.step import Metrics, TrainState
 
 # Steps in one call where calls cost more than steps: about a tenth of a second's on a GPU.
 _STEPS_PER_CALL = 100
+# Calls that may wait for their turn on the device, so that it never waits for the host; of short
+# calls more, because the host may be late once. Each call that waits has memory of its own.
+_WAITING, _WAITING_IF_SHORT, _SHORT_SECONDS = 1, 4, 0.02
 
 Step = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
 
@@ -51,7 +57,35 @@ class Progress(NamedTuple):
     step: int
 
 
-class StreamPipeline:
+class _Pipeline:
+    """What both kinds do: calls follow each other at the device's pace."""
+
+    _compiled = False
+
+    def epoch(
+        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
+    ) -> Iterator[Progress]:
+        """Takes the epoch's steps from `first_step` on, both counted from 0."""
+        under_way: deque[Array] = deque()
+        waiting, last_end = _WAITING, time.perf_counter()
+        for now in self._calls(state, sums, epoch, first_step):
+            if not self._compiled:
+                self._compiled = True
+                give_back_freed_memory()
+            under_way.append(now.done)
+            while len(under_way) > waiting:
+                under_way.popleft().block_until_ready()
+                seconds, last_end = time.perf_counter() - last_end, time.perf_counter()
+                waiting = _WAITING_IF_SHORT if seconds < _SHORT_SECONDS else _WAITING
+            yield now
+
+    def _calls(
+        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
+    ) -> Iterator[Progress]:
+        raise NotImplementedError
+
+
+class StreamPipeline(_Pipeline):
     """Batches come from the host, one call a step, transferred while the device works."""
 
     def __init__(self, step: Step, split: Split, batch_size: int, keys: Keys):
@@ -67,10 +101,9 @@ class StreamPipeline:
 
         self._update = update
 
-    def epoch(
+    def _calls(
         self, state: TrainState, sums: Metrics, epoch: int, first_step: int
     ) -> Iterator[Progress]:
-        """Takes the epoch's steps from `first_step` on, both counted from 0."""
         order = np.asarray(epoch_order(self._order_key, epoch, len(self._split)))
         batches = stream(self._split, order, self._batch_size, first_step)
         for number, batch in enumerate(batches, start=first_step + 1):
@@ -78,7 +111,7 @@ class StreamPipeline:
             yield Progress(state, sums, done, number)
 
 
-class DevicePipeline:
+class DevicePipeline(_Pipeline):
     """The images stay on the device, and many steps run in one call, of many runs if wanted.
 
     Of K runs, states and sums have a leading axis of K; each has its own keys, and all are at the
@@ -137,10 +170,9 @@ class DevicePipeline:
         self._update = jax.jit(update, donate_argnums=(0, 1))
         self._order = jax.jit(order)
 
-    def epoch(
+    def _calls(
         self, state: TrainState, sums: Metrics, epoch: int, first_step: int
     ) -> Iterator[Progress]:
-        """Takes the epoch's steps from `first_step` on, both counted from 0."""
         order = self._order(self._keys.order, jax.device_put(np.int32(epoch)))
         end = jax.device_put(np.int32((epoch + 1) * self._steps))
         for step in range(first_step, self._steps, self._length):

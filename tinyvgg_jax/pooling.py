@@ -2,7 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+# Of the pixels of a square, [i, 1, j, 1] to be seen beside [B, h, i, w, j, C].
+_BITS = np.arange(4, dtype=np.uint8).reshape(2, 1, 2, 1)
 
 
 def _squares(x: Array) -> Array:
@@ -10,6 +14,13 @@ def _squares(x: Array) -> Array:
     B, H, W, C = x.shape
     even = x[:, : H // 2 * 2, : W // 2 * 2]
     return even.reshape(B, H // 2, 2, W // 2, 2, C)
+
+
+def _from_squares(squares: Array, size: tuple[int, ...]) -> Array:
+    """`[B, H, W, C]`, with zeros in an odd last row or column."""
+    (H, W), (B, h, _, w, _, C) = size, squares.shape
+    even = squares.reshape(B, 2 * h, 2 * w, C)
+    return jnp.pad(even, ((0, 0), (0, H - 2 * h), (0, W - 2 * w), (0, 0)))
 
 
 @jax.custom_vjp
@@ -40,9 +51,36 @@ def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array]:
     is_maximum = _squares(x) == output[:, :, None, :, None]
     share = gradient / is_maximum.sum(axis=(2, 4)).astype(gradient.dtype)
     of_squares = jnp.where(is_maximum, share[:, :, None, :, None], 0)
-    B, H, W, C = x.shape
-    even = of_squares.reshape(B, H // 2 * 2, W // 2 * 2, C)
-    return (jnp.pad(even, ((0, 0), (0, H % 2), (0, W % 2), (0, 0))),)
+    return (_from_squares(of_squares, x.shape[1:3]),)
 
 
 max_pool_2x2.defvjp(_forward, _backward)
+
+
+def which_are_maxima(x: Array, pooled: Array) -> Array:
+    """Where the maxima of the 2x2 squares are, in a byte each.
+
+    Args:
+        x: `[B, H, W, C]`.
+        pooled: `max_pool_2x2(x)`.
+
+    Returns:
+        `[B, H // 2, W // 2, C]` uint8: the bit 2i + j is set if the pixel i, j is a maximum.
+    """
+    is_maximum = (_squares(x) == pooled[:, :, None, :, None]).astype(jnp.uint8)
+    return (is_maximum << _BITS).sum(axis=(2, 4), dtype=jnp.uint8)
+
+
+def share_among_maxima(share: Array, maxima: Array, size: tuple[int, ...]) -> Array:
+    """The gradient of what is pooled, of which each maximum has its square's share.
+
+    Args:
+        share: `[B, H // 2, W // 2, C]`.
+        maxima: the same shape, from `which_are_maxima`.
+        size: H and W.
+
+    Returns:
+        `[B, H, W, C]`.
+    """
+    is_maximum = maxima[:, :, None, :, None] >> _BITS & 1
+    return _from_squares(jnp.where(is_maximum, share[:, :, None, :, None], 0), size)

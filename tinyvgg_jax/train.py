@@ -11,7 +11,6 @@ import math
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,6 @@ from tinyvgg_jax.step import Metrics, TrainState, TrainStep, init_state, make_tr
 
 logger = logging.getLogger(__name__)
 
-# Calls that may be under way at a time: enough that the device never waits, few enough that
-# Ctrl-C is heard at once.
-_RUN_AHEAD = 4
 _SUMMARY_KEYS = {"dataset", "step", "parameters", "seconds", "device", "versions"} | {
     f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")
 }
@@ -445,14 +441,10 @@ def _run_epoch(
     progress = reporting.Progress(
         epoch + 1, run.config.num_epochs, first_step, run.steps_per_epoch, run.config.batch_size
     )
-    under_way: deque[Array] = deque()
     state, sums = start
     with contextlib.closing(progress):
         for now in pipeline.epoch(state, sums, epoch, first_step):
             state, sums = now.state, now.sums
-            under_way.append(now.done)
-            if len(under_way) > _RUN_AHEAD:
-                under_way.popleft().block_until_ready()
             if progress.is_due():
                 so_far = _checked(sums, run)
                 examples = so_far.examples.sum()

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,32 +26,97 @@ from tinyvgg_jax.cache import cache_dir
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("winograd.c")
-_TARGETS = ("tinyvgg_convolution_relu", "tinyvgg_input_gradient", "tinyvgg_kernel_gradient")
-_FLAGS = ("-std=gnu11", "-O3", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC")
+_TARGETS = (
+    "tinyvgg_convolution_relu",
+    "tinyvgg_input_gradient",
+    "tinyvgg_parameter_gradient",
+    "tinyvgg_convolution_relu_pool",
+    "tinyvgg_pooled_input_gradient",
+    "tinyvgg_pooled_parameter_gradient",
+)
+_FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 _COMPILE_SECONDS = 120
 
 
 def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
     """relu(SAME convolution + bias): float32 `[B, H, W, C]`, `[3, 3, C, O]`, `[O]`."""
     shape = (*images.shape[:3], kernel.shape[3])
-    return _call("tinyvgg_convolution_relu", shape, images, kernel, bias)
+    return _call("tinyvgg_convolution_relu", _floats(shape), images, kernel, bias)
 
 
-def input_gradient(gradient: Array, kernel: Array) -> Array:
-    """`[B, H, W, O]`, the output's gradient, and `[3, 3, C, O]` to `[B, H, W, C]`."""
-    return _call("tinyvgg_input_gradient", (*gradient.shape[:3], kernel.shape[2]), gradient, kernel)
+def input_gradient(gradient: Array, output: Array, kernel: Array) -> Array:
+    """Gradient and value `[B, H, W, O]` of the output, and `[3, 3, C, O]`, to `[B, H, W, C]`."""
+    shape = (*gradient.shape[:3], kernel.shape[2])
+    return _call("tinyvgg_input_gradient", _floats(shape), gradient, output, kernel)
 
 
-def kernel_gradient(images: Array, gradient: Array) -> Array:
-    """`[B, H, W, C]` and the output's gradient `[B, H, W, O]` to `[3, 3, C, O]`."""
-    shape = (3, 3, images.shape[3], gradient.shape[3])
-    return _call("tinyvgg_kernel_gradient", shape, images, gradient)
+def parameter_gradient(images: Array, gradient: Array, output: Array) -> tuple[Array, Array]:
+    """`[B, H, W, C]`, and gradient and value `[B, H, W, O]` of the output, to those of parameters.
+
+    They are the kernel's `[3, 3, C, O]` and the bias's `[O]`.
+    """
+    results = _parameters(images, gradient)
+    return _call("tinyvgg_parameter_gradient", results, images, gradient, output)
 
 
-def _call(target: str, shape: tuple[int, ...], *arguments: Array) -> Array:
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> Array:
+    """`convolution_relu`, and of each 2x2 square the maximum: `[B, H // 2, W // 2, O]`."""
+    shape = _pooled_shape(images, kernel)
+    return _call("tinyvgg_convolution_relu_pool", _floats(shape), images, kernel, bias)
+
+
+def convolution_relu_pool_maxima(images: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
+    """The same, and uint8 of its shape: the bit 2i + j if a square's pixel i, j is its maximum.
+
+    Where the maximum is not positive, so that ReLU lets no gradient through, no bit is set.
+    """
+    shape = _pooled_shape(images, kernel)
+    results = (_floats(shape), jax.ShapeDtypeStruct(shape, jnp.uint8))
+    return _call("tinyvgg_convolution_relu_pool", results, images, kernel, bias)
+
+
+def pooled_input_gradient(
+    share: Array, maxima: Array, kernel: Array, shape: tuple[int, ...]
+) -> Array:
+    """`input_gradient` where each of the maxima has the gradient `share`.
+
+    `shape` is the input's, `[B, H, W, C]`.
+    """
+    return _call("tinyvgg_pooled_input_gradient", _floats(shape), share, maxima, kernel)
+
+
+def pooled_parameter_gradient(images: Array, share: Array, maxima: Array) -> tuple[Array, Array]:
+    """`parameter_gradient` where each of the maxima has the gradient `share`."""
+    results = _parameters(images, share)
+    return _call("tinyvgg_pooled_parameter_gradient", results, images, share, maxima)
+
+
+def _parameters(images: Array, gradient: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What a kernel and a bias look like that make `gradient`'s channels of those of `images`."""
+    C, O = images.shape[3], gradient.shape[3]  # noqa: E741
+    return _floats((3, 3, C, O)), _floats((O,))
+
+
+def _pooled_shape(images: Array, kernel: Array) -> tuple[int, ...]:
+    B, H, W, _ = images.shape
+    return (B, H // 2, W // 2, kernel.shape[3])
+
+
+def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _call(target: str, results: Any, *arguments: Array) -> Any:
     # One after the other: a call uses all cores already.
-    call = jax.ffi.ffi_call(target, result, vmap_method="sequential")
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     return call(*arguments)
 
 

@@ -7,6 +7,11 @@
    gradient is the convolution with the turned kernel, and the kernel's gradient is a sum over
    tiles of products in the same 16 numbers.
 
+   The two by two output pixels of a tile are a square of the pooling, too. So a convolution with
+   pooling behind it never writes what is pooled: only the maxima, and for the gradient a byte that
+   says which of the four they were. The gradient of what is pooled is never written, either: it is
+   made, where it is read, from these bytes and the share of the gradient that each maximum gets.
+
    Arrays are float32 and dense: images [B, H, W, C], kernels [3, 3, C, O]. Tiles go through
    in chunks that stay in the cache, spread over XLA's own threads. A result does not depend on
    which thread computed what. */
@@ -14,6 +19,7 @@
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -39,6 +45,8 @@
 #define CHUNK_FLOATS (256 * 1024)
 #define MIN_CHUNK (4 * ROWS)
 
+#define INLINE inline __attribute__((always_inline))
+
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 static long min(long a, long b) { return a < b ? a : b; }
@@ -59,21 +67,28 @@ static void lock(void) {
 }
 static void unlock(void) { atomic_flag_clear_explicit(&kept_lock, memory_order_release); }
 
-/* A buffer, the smallest kept one that will do; NULL where there is no memory. */
+/* A buffer: the smallest kept one that will do, or else a new one instead of the largest that is
+   a little too small. NULL where there is no memory. */
 static float *borrow(size_t floats, size_t *size) {
-  float *data = NULL;
-  int best = -1;
+  float *data = NULL, *too_small = NULL;
+  int fits = -1, nearly = -1;
   *size = floats;
   lock();
-  for (int i = 0; i < KEPT; i++)
-    if (kept[i].data && kept[i].size >= floats && (best < 0 || kept[i].size < kept[best].size))
-      best = i;
-  if (best >= 0 && kept[best].size <= 16 * floats + 65536) {
-    data = kept[best].data;
-    *size = kept[best].size;
-    kept[best].data = NULL;
+  for (int i = 0; i < KEPT; i++) {
+    if (!kept[i].data) continue;
+    if (kept[i].size >= floats && (fits < 0 || kept[i].size < kept[fits].size)) fits = i;
+    if (kept[i].size < floats && (nearly < 0 || kept[i].size > kept[nearly].size)) nearly = i;
+  }
+  if (fits >= 0 && kept[fits].size <= 16 * floats + 65536) {
+    data = kept[fits].data;
+    *size = kept[fits].size;
+    kept[fits].data = NULL;
+  } else if (nearly >= 0 && kept[nearly].size >= floats / 16) {
+    too_small = kept[nearly].data;
+    kept[nearly].data = NULL;
   }
   unlock();
+  free(too_small);
   if (!data && posix_memalign((void **)&data, 64, floats * sizeof(float))) data = NULL;
   return data;
 }
@@ -167,7 +182,7 @@ static void parallel_for(const XLA_FFI_CallFrame *frame, long count, Task *task,
 /* ---- Matrix product */
 
 /* c[r][n] = or += sum over d of a[r, d] b[d][n], for ROWS x COLUMNS. */
-static inline __attribute__((always_inline)) void product_block(
+static INLINE void product_block(
     long depth, const float *a, long a_row, long a_depth, const float *b, long b_depth, float *c,
     long c_row, int add) {
   vec sum[ROWS][2];
@@ -212,12 +227,16 @@ typedef struct {
   atomic_int failed; /* for want of memory */
 } Plan;
 
-static void make_plan(Plan *plan, const int64_t *images, long O, const float *zeros) {
-  plan->B = images[0], plan->H = images[1], plan->W = images[2], plan->C = images[3];
+/* Convolutions from C to O channels of images [B, H, W, any]. Of an odd number of rows or columns
+   the last is in no square of a pooling. */
+static void make_plan(Plan *plan, const int64_t *images, long C, long O, int only_squares,
+                      const float *zeros) {
+  plan->B = images[0], plan->H = images[1], plan->W = images[2];
+  plan->C = C;
   plan->O = O;
   plan->O_up = round_up(O, COLUMNS);
-  plan->tiles_h = (plan->H + 1) / 2;
-  plan->tiles_w = (plan->W + 1) / 2;
+  plan->tiles_h = (plan->H + !only_squares) / 2;
+  plan->tiles_w = (plan->W + !only_squares) / 2;
   plan->tiles = plan->B * plan->tiles_h * plan->tiles_w;
   plan->chunk = max(CHUNK_FLOATS / (16 * (plan->C + plan->O_up)), MIN_CHUNK);
   plan->chunks = (plan->tiles + plan->chunk - 1) / plan->chunk;
@@ -244,17 +263,42 @@ static void locate(const Plan *plan, const float *x, long channels, long tile, i
     }
 }
 
-/* v = B' d B for each channel, d the tile's 4x4 pixels. */
-static void transform_input(const Plan *plan, const float *x, long tile, float *v) {
-  const float *d[16];
-  locate(plan, x, plan->C, tile, -1, 4, d);
+/* A pixel of a pooled gradient: the square's share, if the pixel is one of the square's maxima. */
+static INLINE float share_of(const float *share, const uint8_t *maxima, int pixel, long c) {
+  /* A product, because of a condition the compiler makes a jump. */
+  return share[c] * (maxima[c] >> pixel & 1);
+}
+
+/* A pixel of the gradient of a ReLU, whose output was y. */
+static INLINE float through_relu(const float *gradient, const float *y, long c) {
+  return gradient[c] * (y[c] > 0 ? 1.0f : 0.0f);
+}
+
+/* v = B' d B for each channel, d the tile's 4x4 pixels; of a ReLU's gradient, if `outputs` is not
+   NULL; or if `maxima` is not NULL, parts of the 3x3 squares `d` of a pooled gradient. */
+static INLINE void transform_4x4(const Plan *plan, const float **d, const float **outputs,
+                                 const uint8_t **maxima, float *v) {
   long step = plan->v_step;
 #pragma omp simd
   for (long c = 0; c < plan->C; c++) {
     float t[16];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      float a = d[j][c], b = d[4 + j][c], e = d[8 + j][c], f = d[12 + j][c];
+      float a, b, e, f;
+      if (maxima) {
+        int k = (j + 1) / 2, right = (j + 1) % 2;
+        a = share_of(d[k], maxima[k], 2 + right, c);
+        b = share_of(d[3 + k], maxima[3 + k], right, c);
+        e = share_of(d[3 + k], maxima[3 + k], 2 + right, c);
+        f = share_of(d[6 + k], maxima[6 + k], right, c);
+      } else if (outputs) {
+        a = through_relu(d[j], outputs[j], c);
+        b = through_relu(d[4 + j], outputs[4 + j], c);
+        e = through_relu(d[8 + j], outputs[8 + j], c);
+        f = through_relu(d[12 + j], outputs[12 + j], c);
+      } else {
+        a = d[j][c], b = d[4 + j][c], e = d[8 + j][c], f = d[12 + j][c];
+      }
       t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
     }
 #pragma GCC unroll 4
@@ -268,17 +312,52 @@ static void transform_input(const Plan *plan, const float *x, long tile, float *
   }
 }
 
-/* m = A y A' for each channel, y the gradient of the tile's 2x2 output pixels. */
-static void transform_gradient(const Plan *plan, const float *gradient, long tile, float *m) {
-  const float *y[4];
-  locate(plan, gradient, plan->O, tile, 0, 2, y);
+static void transform_input(const Plan *plan, const float *x, long tile, float *v) {
+  const float *pixels[16];
+  locate(plan, x, plan->C, tile, -1, 4, pixels);
+  transform_4x4(plan, pixels, NULL, NULL, v);
+}
+
+static void transform_relu_gradient(const Plan *plan, const float *gradient, const float *y,
+                                    long tile, float *v) {
+  const float *pixels[16], *outputs[16];
+  locate(plan, gradient, plan->C, tile, -1, 4, pixels);
+  locate(plan, y, plan->C, tile, -1, 4, outputs);
+  transform_4x4(plan, pixels, outputs, NULL, v);
+}
+
+static void transform_pooled_gradient(const Plan *plan, const float *share, const uint8_t *maxima,
+                                      long tile, float *v) {
+  const float *shares[9];
+  const uint8_t *which[9];
+  long H = plan->H / 2, W = plan->W / 2;
+  long column = tile % plan->tiles_w, row = tile / plan->tiles_w % plan->tiles_h;
+  long image = tile / (plan->tiles_w * plan->tiles_h);
+  for (int i = 0; i < 3; i++)
+    for (int j = 0; j < 3; j++) {
+      long h = row - 1 + i, w = column - 1 + j, at = ((image * H + h) * W + w) * plan->C;
+      int inside = 0 <= h && h < H && 0 <= w && w < W;
+      shares[3 * i + j] = inside ? share + at : plan->zeros;
+      which[3 * i + j] = inside ? maxima + at : (const uint8_t *)plan->zeros;
+    }
+  transform_4x4(plan, shares, NULL, which, v);
+}
+
+/* m = A g A' for each channel, g the gradient of the tile's 2x2 output pixels: of the ReLU whose
+   outputs these are; or if `maxima` is not NULL, of a pooling, g[0] being the square's. */
+static INLINE void transform_2x2(const Plan *plan, const float **g, const float **outputs,
+                                 const uint8_t *maxima, float *m) {
   long step = plan->m_step;
 #pragma omp simd
   for (long o = 0; o < plan->O; o++) {
     float t[8];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
-      float a = y[j][o], b = y[2 + j][o];
+      float a, b;
+      if (maxima)
+        a = share_of(g[0], maxima, j, o), b = share_of(g[0], maxima, 2 + j, o);
+      else
+        a = through_relu(g[j], outputs[j], o), b = through_relu(g[2 + j], outputs[2 + j], o);
       t[j] = a, t[2 + j] = a + b, t[4 + j] = a - b, t[6 + j] = -b;
     }
 #pragma GCC unroll 4
@@ -294,14 +373,23 @@ static void transform_gradient(const Plan *plan, const float *gradient, long til
     for (long o = plan->O; o < plan->O_up; o++) m[k * step + o] = 0;
 }
 
-/* The tile's 2x2 output pixels, A' m A for each channel of `from` to `to` - 1, plus the bias, and
-   no less than `least`; those outside of the image go nowhere. */
-static void transform_output(const Plan *plan, const float *m, long tile, const float *bias,
-                             float least, long from, long to, float *y, float *nowhere) {
-  const float *pixels[4];
-  locate(plan, y, plan->O, tile, 0, 2, pixels);
-  float *out[4];
-  for (int i = 0; i < 4; i++) out[i] = pixels[i] == plan->zeros ? nowhere : y + (pixels[i] - y);
+/* `y` are the ReLU's outputs, or NULL where there are maxima. */
+static void transform_gradient(const Plan *plan, const float *gradient, const float *y,
+                               const uint8_t *maxima, long tile, float *m) {
+  const float *pixels[4] = {gradient + tile * plan->O}, *outputs[4];
+  if (maxima) {
+    transform_2x2(plan, pixels, NULL, maxima + tile * plan->O, m);
+  } else {
+    locate(plan, gradient, plan->O, tile, 0, 2, pixels);
+    locate(plan, y, plan->O, tile, 0, 2, outputs);
+    transform_2x2(plan, pixels, outputs, NULL, m);
+  }
+}
+
+/* s = A' m A + bias, the tile's 2x2 output pixels, for each channel of `from` to `to` - 1. They
+   become no less than `least`; or if `pool`, their maximum does. */
+static INLINE void transform_back(const Plan *plan, const float *m, const float *bias, float least,
+                                  long from, long to, int pool, float **y, uint8_t *maxima) {
   long step = plan->m_step;
 #pragma omp simd
   for (long o = from; o < to; o++) {
@@ -314,10 +402,34 @@ static void transform_output(const Plan *plan, const float *m, long tile, const 
     }
     s[0] = t[0] + t[1] + t[2] + bias[o], s[1] = t[1] - t[2] - t[3] + bias[o];
     s[2] = t[4] + t[5] + t[6] + bias[o], s[3] = t[5] - t[6] - t[7] + bias[o];
-    /* In this order a NaN stays one. */
+    /* In these orders a NaN stays one. */
+    if (pool) {
+      float most = s[0];
+#pragma GCC unroll 3
+      for (int i = 1; i < 4; i++) most = (s[i] > most) | (s[i] != s[i]) ? s[i] : most;
+      int which = (s[0] == most) | (s[1] == most) << 1 | (s[2] == most) << 2 | (s[3] == most) << 3;
+      y[0][o] = most < least ? least : most;
+      maxima[o] = most > least ? which : 0;
+    } else {
 #pragma GCC unroll 4
-    for (int i = 3; i >= 0; i--) out[i][o] = s[i] < least ? least : s[i];
+      for (int i = 3; i >= 0; i--) y[i][o] = s[i] < least ? least : s[i];
+    }
   }
+}
+
+/* Pixels outside of the image go nowhere. */
+static void transform_output(const Plan *plan, const float *m, long tile, const float *bias,
+                             float least, long from, long to, float *y, float *nowhere) {
+  const float *pixels[4];
+  locate(plan, y, plan->O, tile, 0, 2, pixels);
+  float *out[4];
+  for (int i = 0; i < 4; i++) out[i] = pixels[i] == plan->zeros ? nowhere : y + (pixels[i] - y);
+  transform_back(plan, m, bias, least, from, to, 0, out, NULL);
+}
+
+static void transform_and_pool(const Plan *plan, const float *m, const float *bias, float least,
+                               long from, long to, float *y, uint8_t *maxima) {
+  transform_back(plan, m, bias, least, from, to, 1, &y, maxima);
 }
 
 /* ---- The convolution */
@@ -325,15 +437,20 @@ static void transform_output(const Plan *plan, const float *m, long tile, const 
 typedef struct {
   Plan plan;
   const float *x, *kernel, *bias;
-  float least; /* of the output: 0 for a ReLU */
+  /* Where x is a gradient, what says which of it counts: a ReLU's outputs, or a pooling's maxima. */
+  const float *x_outputs;
+  const uint8_t *x_maxima;
+  float least;  /* of the output: 0 for a ReLU */
   float *u, *y; /* u is NULL where each task transforms its own panels. */
+  int pooled;
+  uint8_t *maxima; /* of the pooling, NULL where nobody asks */
   long groups; /* of panels, for threads that would have no chunk */
   /* The kernel [3, 3, in, out] as seen by this convolution: where it begins, and strides. */
   long first, tap, in, out;
 } Forward;
 
 /* u = G g G' for one panel of output channels, [C, COLUMNS] for each of the 16. */
-static inline __attribute__((always_inline)) void transform_kernel_panel(
+static INLINE void transform_kernel_panel(
     const Forward *f, long panel, long out, float *u, long step) {
   long columns = min(f->plan.O - panel * COLUMNS, COLUMNS), tap = f->tap;
   for (long c = 0; c < f->plan.C; c++, u += COLUMNS) {
@@ -381,6 +498,7 @@ static void convolve_chunk(void *argument, long index) {
   /* The transformed kernel: of all panels, or where nobody else needs it, of one at a time. */
   long u_step = f->u ? plan->u_step : plan->C * COLUMNS + 16;
   size_t size;
+  /* Last what nobody reads: a pixel, or a square's bytes. */
   float *v = borrow(16 * (plan->v_step + plan->m_step + (f->u ? 0 : u_step)) + plan->O, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
@@ -392,7 +510,13 @@ static void convolve_chunk(void *argument, long index) {
   long panel = panels * group / f->groups, end = panels * (group + 1) / f->groups;
   long first = index / f->groups * plan->chunk, n = min(plan->chunk, plan->tiles - first);
   long from = panel * COLUMNS, to = min(end * COLUMNS, plan->O);
-  for (long t = 0; t < n; t++) transform_input(plan, f->x, first + t, v + t * plan->C);
+  for (long t = 0; t < n; t++)
+    if (f->x_maxima)
+      transform_pooled_gradient(plan, f->x, f->x_maxima, first + t, v + t * plan->C);
+    else if (f->x_outputs)
+      transform_relu_gradient(plan, f->x, f->x_outputs, first + t, v + t * plan->C);
+    else
+      transform_input(plan, f->x, first + t, v + t * plan->C);
   for (long p = panel; p < end; p = f->u ? end : p + 1) {
     const float *u = f->u ? f->u + p * plan->C * COLUMNS : one_panel;
     if (!f->u) transform_panel(f, p, one_panel, u_step);
@@ -402,63 +526,85 @@ static void convolve_chunk(void *argument, long index) {
               m + k * plan->m_step + p * COLUMNS, plan->O_up, 0);
   }
   for (long t = 0; t < n; t++)
-    transform_output(plan, m + t * plan->O_up, first + t, f->bias, f->least, from, to, f->y,
-                     nowhere);
+    if (f->pooled)
+      transform_and_pool(plan, m + t * plan->O_up, f->bias, f->least, from, to,
+                         f->y + (first + t) * plan->O,
+                         f->maxima ? f->maxima + (first + t) * plan->O : (uint8_t *)nowhere);
+    else
+      transform_output(plan, m + t * plan->O_up, first + t, f->bias, f->least, from, to, f->y,
+                       nowhere);
   give_back(v, size);
 }
 
-/* ---- The kernel's gradient */
+/* ---- The gradient of kernel and bias */
 
 typedef struct {
   Plan plan;
   const float *x, *gradient;
-  float *sums; /* [pieces, 16, C rounded up to ROWS, O_up] */
-  float *result;
-  long pieces, C_up;
-} KernelGradient;
+  /* What says which of the gradient counts: a ReLU's outputs, or a pooling's maxima. */
+  const float *outputs;
+  const uint8_t *maxima;
+  float *sums; /* of each piece [16, C rounded up to ROWS, O_up], and of the gradient [O_up] */
+  float *of_kernel, *of_bias;
+  long pieces, C_up, product_size, piece_size; /* in floats */
+} ParameterGradient;
+
+/* The gradient's sum over some tiles, to `total` or added to it. Of the 16 numbers of a tile, the
+   sixth is the sum of its pixels. */
+static void sum_gradient(const Plan *plan, const float *m, long tiles, float *sum, float *total,
+                         int add) {
+  memset(sum, 0, plan->O_up * sizeof(float));
+  for (long t = 0; t < tiles; t++)
+#pragma omp simd
+    for (long o = 0; o < plan->O_up; o++) sum[o] += m[5 * plan->m_step + t * plan->O_up + o];
+#pragma omp simd
+  for (long o = 0; o < plan->O_up; o++) total[o] = add ? total[o] + sum[o] : sum[o];
+}
 
 /* The sum over one piece of the tiles; the pieces are the same whoever computes them. */
 static void sum_piece(void *argument, long index) {
-  KernelGradient *f = argument;
+  ParameterGradient *f = argument;
   Plan *plan = &f->plan;
   size_t size;
-  float *v = borrow(16 * (plan->v_step + plan->m_step), &size);
+  float *v = borrow(16 * (plan->v_step + plan->m_step) + plan->O_up, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
     return;
   }
   float *m = v + 16 * plan->v_step;
-  long step = f->C_up * plan->O_up + 16;
-  float *sums = f->sums + index * 16 * step;
+  float *sums = f->sums + index * f->piece_size;
   long begin = plan->tiles * index / f->pieces, end = plan->tiles * (index + 1) / f->pieces;
   memset(v, 0, 16 * plan->v_step * sizeof(float));
   for (long first = begin; first < end; first += plan->chunk) {
     long n = min(plan->chunk, end - first);
     for (long t = 0; t < n; t++) {
       transform_input(plan, f->x, first + t, v + t * plan->C);
-      transform_gradient(plan, f->gradient, first + t, m + t * plan->O_up);
+      transform_gradient(plan, f->gradient, f->outputs, f->maxima, first + t,
+                         m + t * plan->O_up);
     }
     for (int k = 0; k < 16; k++)
       product(f->C_up, plan->O_up, n, v + k * plan->v_step, 1, plan->C, m + k * plan->m_step,
-              COLUMNS, plan->O_up, sums + k * step, plan->O_up, first > begin);
+              COLUMNS, plan->O_up, sums + k * f->product_size, plan->O_up, first > begin);
+    sum_gradient(plan, m, n, m + 16 * plan->m_step, sums + 16 * f->product_size, first > begin);
   }
   give_back(v, size);
 }
 
 /* G' s G for one input channel, s the sum of the pieces. */
 static void transform_sums(void *argument, long c) {
-  KernelGradient *f = argument;
-  long O = f->plan.O, step = f->C_up * f->plan.O_up + 16, tap = f->plan.C * O;
-  const float *sums = f->sums + c * f->plan.O_up;
-  float *to = f->result + c * O;
+  ParameterGradient *f = argument;
+  long O = f->plan.O, tap = f->plan.C * O;
+  float *to = f->of_kernel + c * O;
 #pragma omp simd
   for (long o = 0; o < O; o++) {
     float s[16], t[12];
 #pragma GCC unroll 16
     for (int k = 0; k < 16; k++) s[k] = 0;
-    for (long piece = 0; piece < f->pieces; piece++)
+    for (long piece = 0; piece < f->pieces; piece++) {
+      const float *sums = f->sums + piece * f->piece_size + c * f->plan.O_up + o;
 #pragma GCC unroll 16
-      for (int k = 0; k < 16; k++) s[k] += sums[(piece * 16 + k) * step + o];
+      for (int k = 0; k < 16; k++) s[k] += sums[k * f->product_size];
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       float a = s[j], b = 0.5f * (s[4 + j] + s[8 + j]), e = 0.5f * (s[4 + j] - s[8 + j]);
@@ -475,13 +621,23 @@ static void transform_sums(void *argument, long c) {
   }
 }
 
+static void sum_bias(const ParameterGradient *f) {
+  for (long o = 0; o < f->plan.O; o++) {
+    f->of_bias[o] = 0;
+    for (long piece = 0; piece < f->pieces; piece++)
+      f->of_bias[o] += f->sums[piece * f->piece_size + 16 * f->product_size + o];
+  }
+}
+
 /* ---- What XLA calls */
 
 static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int i) {
   return frame->args.args[i];
 }
 
-static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame) { return frame->rets.rets[0]; }
+static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int i) {
+  return i < frame->rets.size ? frame->rets.rets[i] : NULL;
+}
 
 /* Answers XLA's question of what this handler was compiled for. */
 static int describes_itself(XLA_FFI_CallFrame *frame) {
@@ -501,64 +657,115 @@ static XLA_FFI_Error *out_of_memory(const XLA_FFI_CallFrame *frame) {
   return frame->api->XLA_FFI_Error_Create(&args);
 }
 
-/* The convolution with the kernel or the turned one; then bias and ReLU if there is a bias. */
-static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, const float *bias, int turned) {
-  const XLA_FFI_Buffer *x = argument(frame, 0), *kernel = argument(frame, 1);
+/* Computes what is described but for its plan: convolutions of images [B, H, W, any]. */
+static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, Forward *f, const int64_t *images,
+                               const XLA_FFI_Buffer *kernel, int turned) {
   const int64_t *dims = kernel->dims; /* [3, 3, C, O] */
-  Forward f = {.x = x->data, .kernel = kernel->data, .y = result(frame)->data};
-  f.tap = turned ? -dims[2] * dims[3] : dims[2] * dims[3];
-  f.first = turned ? 8 * dims[2] * dims[3] : 0;
-  f.in = turned ? 1 : dims[3];
-  f.out = turned ? dims[3] : 1;
-  long O = turned ? dims[2] : dims[3], threads = num_threads(frame);
+  f->kernel = kernel->data;
+  f->tap = turned ? -dims[2] * dims[3] : dims[2] * dims[3];
+  f->first = turned ? 8 * dims[2] * dims[3] : 0;
+  f->in = turned ? 1 : dims[3];
+  f->out = turned ? dims[3] : 1;
+  long C = dims[turned ? 3 : 2], O = dims[turned ? 2 : 3], threads = num_threads(frame);
   size_t u_size, zeros_size;
-  float *zeros = borrow(max(x->dims[3], O), &zeros_size);
-  make_plan(&f.plan, x->dims, O, zeros);
-  f.bias = bias ? bias : zeros;
-  f.least = bias ? 0 : -INFINITY;
-  f.groups = min(f.plan.O_up / COLUMNS, (threads + f.plan.chunks - 1) / f.plan.chunks);
-  int shared = f.plan.chunks > 1;
-  f.u = shared ? borrow(16 * f.plan.u_step, &u_size) : NULL;
-  if (zeros && (f.u || !shared)) {
-    memset(zeros, 0, max(x->dims[3], O) * sizeof(float));
-    if (shared) parallel_for(frame, f.plan.O_up / COLUMNS, transform_kernel, &f);
-    parallel_for(frame, f.plan.chunks * f.groups, convolve_chunk, &f);
+  float *zeros = borrow(max(C, O), &zeros_size);
+  make_plan(&f->plan, images, C, O, f->pooled, zeros);
+  if (!f->bias) f->bias = zeros;
+  f->groups = min(f->plan.O_up / COLUMNS, (threads + f->plan.chunks - 1) / f->plan.chunks);
+  int shared = f->plan.chunks > 1;
+  f->u = shared ? borrow(16 * f->plan.u_step, &u_size) : NULL;
+  if (zeros && (f->u || !shared)) {
+    memset(zeros, 0, max(C, O) * sizeof(float));
+    if (shared) parallel_for(frame, f->plan.O_up / COLUMNS, transform_kernel, f);
+    parallel_for(frame, f->plan.chunks * f->groups, convolve_chunk, f);
   }
-  int failed = !zeros || (shared && !f.u) || atomic_load(&f.plan.failed);
+  int failed = !zeros || (shared && !f->u) || atomic_load(&f->plan.failed);
   give_back(zeros, zeros_size);
-  if (shared) give_back(f.u, u_size);
+  if (shared) give_back(f->u, u_size);
   return failed ? out_of_memory(frame) : NULL;
 }
 
 /* relu(convolution + bias): (images [B, H, W, C], kernel [3, 3, C, O], bias [O]) -> [B, H, W, O] */
 XLA_FFI_Error *tinyvgg_convolution_relu(XLA_FFI_CallFrame *frame) {
-  return describes_itself(frame) ? NULL : convolve(frame, argument(frame, 2)->data, 0);
-}
-
-/* (gradient [B, H, W, O], kernel [3, 3, C, O]) -> [B, H, W, C] */
-XLA_FFI_Error *tinyvgg_input_gradient(XLA_FFI_CallFrame *frame) {
-  return describes_itself(frame) ? NULL : convolve(frame, NULL, 1);
-}
-
-/* (images [B, H, W, C], gradient [B, H, W, O]) -> [3, 3, C, O] */
-XLA_FFI_Error *tinyvgg_kernel_gradient(XLA_FFI_CallFrame *frame) {
   if (describes_itself(frame)) return NULL;
-  const XLA_FFI_Buffer *x = argument(frame, 0), *gradient = argument(frame, 1);
-  KernelGradient f = {.x = x->data, .gradient = gradient->data, .result = result(frame)->data};
-  long channels = max(x->dims[3], gradient->dims[3]);
+  const XLA_FFI_Buffer *x = argument(frame, 0);
+  Forward f = {.x = x->data, .bias = argument(frame, 2)->data, .y = result(frame, 0)->data};
+  return convolve(frame, &f, x->dims, argument(frame, 1), 0);
+}
+
+/* The same, pooled -> [B, H / 2, W / 2, O], and if wanted the maxima of the same shape, uint8 */
+XLA_FFI_Error *tinyvgg_convolution_relu_pool(XLA_FFI_CallFrame *frame) {
+  if (describes_itself(frame)) return NULL;
+  const XLA_FFI_Buffer *x = argument(frame, 0), *maxima = result(frame, 1);
+  Forward f = {.x = x->data,
+               .bias = argument(frame, 2)->data,
+               .y = result(frame, 0)->data,
+               .pooled = 1,
+               .maxima = maxima ? maxima->data : NULL};
+  return convolve(frame, &f, x->dims, argument(frame, 1), 0);
+}
+
+/* (gradient and output [B, H, W, O], kernel [3, 3, C, O]) -> [B, H, W, C] */
+XLA_FFI_Error *tinyvgg_input_gradient(XLA_FFI_CallFrame *frame) {
+  if (describes_itself(frame)) return NULL;
+  const XLA_FFI_Buffer *y = result(frame, 0);
+  Forward f = {.x = argument(frame, 0)->data,
+               .x_outputs = argument(frame, 1)->data,
+               .least = -INFINITY,
+               .y = y->data};
+  return convolve(frame, &f, y->dims, argument(frame, 2), 1);
+}
+
+/* (share and maxima [B, H / 2, W / 2, O], kernel [3, 3, C, O]) -> [B, H, W, C] */
+XLA_FFI_Error *tinyvgg_pooled_input_gradient(XLA_FFI_CallFrame *frame) {
+  if (describes_itself(frame)) return NULL;
+  const XLA_FFI_Buffer *y = result(frame, 0);
+  Forward f = {.x = argument(frame, 0)->data,
+               .x_maxima = argument(frame, 1)->data,
+               .least = -INFINITY,
+               .y = y->data};
+  return convolve(frame, &f, y->dims, argument(frame, 2), 1);
+}
+
+/* Computes what is described but for its plan: sums over tiles of `images`. */
+static XLA_FFI_Error *sum_up(const XLA_FFI_CallFrame *frame, ParameterGradient *f,
+                             const XLA_FFI_Buffer *images, long O) {
+  long C = images->dims[3], channels = max(C, O);
   size_t sums_size, zeros_size;
   float *zeros = borrow(channels, &zeros_size);
-  make_plan(&f.plan, x->dims, gradient->dims[3], zeros);
-  f.C_up = round_up(f.plan.C, ROWS);
-  f.pieces = min(num_threads(frame), f.plan.chunks);
-  f.sums = borrow(f.pieces * 16 * (f.C_up * f.plan.O_up + 16), &sums_size);
-  if (zeros && f.sums) {
+  f->x = images->data;
+  f->of_kernel = result(frame, 0)->data;
+  f->of_bias = result(frame, 1)->data;
+  make_plan(&f->plan, images->dims, C, O, f->maxima != NULL, zeros);
+  f->C_up = round_up(f->plan.C, ROWS);
+  f->pieces = min(num_threads(frame), f->plan.chunks);
+  f->product_size = f->C_up * f->plan.O_up + 16;
+  f->piece_size = 16 * f->product_size + f->plan.O_up;
+  f->sums = borrow(f->pieces * f->piece_size, &sums_size);
+  if (zeros && f->sums) {
     memset(zeros, 0, channels * sizeof(float));
-    parallel_for(frame, f.pieces, sum_piece, &f);
-    parallel_for(frame, f.plan.C, transform_sums, &f);
+    parallel_for(frame, f->pieces, sum_piece, f);
+    parallel_for(frame, f->plan.C, transform_sums, f);
+    sum_bias(f);
   }
-  int failed = !zeros || !f.sums || atomic_load(&f.plan.failed);
+  int failed = !zeros || !f->sums || atomic_load(&f->plan.failed);
   give_back(zeros, zeros_size);
-  give_back(f.sums, sums_size);
+  give_back(f->sums, sums_size);
   return failed ? out_of_memory(frame) : NULL;
+}
+
+/* (images [B, H, W, C], gradient and output [B, H, W, O]) -> [3, 3, C, O], [O] */
+XLA_FFI_Error *tinyvgg_parameter_gradient(XLA_FFI_CallFrame *frame) {
+  if (describes_itself(frame)) return NULL;
+  const XLA_FFI_Buffer *gradient = argument(frame, 1);
+  ParameterGradient f = {.gradient = gradient->data, .outputs = argument(frame, 2)->data};
+  return sum_up(frame, &f, argument(frame, 0), gradient->dims[3]);
+}
+
+/* (images [B, H, W, C], share and maxima [B, H / 2, W / 2, O]) -> [3, 3, C, O], [O] */
+XLA_FFI_Error *tinyvgg_pooled_parameter_gradient(XLA_FFI_CallFrame *frame) {
+  if (describes_itself(frame)) return NULL;
+  const XLA_FFI_Buffer *share = argument(frame, 1);
+  ParameterGradient f = {.gradient = share->data, .maxima = argument(frame, 2)->data};
+  return sum_up(frame, &f, argument(frame, 0), share->dims[3]);
 }
