@@ -25,6 +25,9 @@ _STEPS_PER_CALL = 100
 # Calls that may wait for their turn on the device, so that it never waits for the host; of short
 # calls more, because the host may be late once. Each call that waits has memory of its own.
 _WAITING, _WAITING_IF_SHORT, _SHORT_SECONDS = 1, 4, 0.02
+# Long calls between two times that their freed memory goes back to the system: else it piles up,
+# because each may be served by another thread, for which the C library keeps memory apart.
+_CALLS_PER_TRIM = 16
 
 Step = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
 
@@ -60,23 +63,23 @@ class Progress(NamedTuple):
 class _Pipeline:
     """What both kinds do: calls follow each other at the device's pace."""
 
-    _compiled = False
-
     def epoch(
         self, state: TrainState, sums: Metrics, epoch: int, first_step: int
     ) -> Iterator[Progress]:
         """Takes the epoch's steps from `first_step` on, both counted from 0."""
         under_way: deque[Array] = deque()
-        waiting, last_end = _WAITING, time.perf_counter()
+        waiting, last_end, long_calls = _WAITING, time.perf_counter(), 0
         for now in self._calls(state, sums, epoch, first_step):
-            if not self._compiled:
-                self._compiled = True
-                give_back_freed_memory()
             under_way.append(now.done)
             while len(under_way) > waiting:
                 under_way.popleft().block_until_ready()
                 seconds, last_end = time.perf_counter() - last_end, time.perf_counter()
                 waiting = _WAITING_IF_SHORT if seconds < _SHORT_SECONDS else _WAITING
+                if seconds >= _SHORT_SECONDS:
+                    # The first has compiled, which leaves most.
+                    if long_calls % _CALLS_PER_TRIM == 0:
+                        give_back_freed_memory()
+                    long_calls += 1
             yield now
 
     def _calls(
