@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,15 @@ def test_runs_are_equal_bit_for_bit() -> None:
     kernel = jax.random.normal(keys[1], (3, 3, 64, 128))
     gradient, bias = jax.random.normal(keys[2], (32, 14, 14, 128)), jnp.ones(128)
     output = jax.jit(native.convolution_relu)(images, kernel, bias)
-    share, maxima = jax.jit(native.convolution_relu_pool_maxima)(images, kernel, bias)
+    share, maxima = jax.jit(native.convolution_relu_pool)(images, kernel, bias)
+    of_input = partial(native.input_gradient, shape=images.shape)
     calls: list[tuple[Callable[..., Any], tuple[Array, ...]]] = [
         (native.convolution_relu, (images, kernel, bias)),
-        (native.input_gradient, (gradient, output, kernel)),
+        (native.convolution_relu_pool, (images, kernel, bias)),
+        (of_input, (gradient, output, kernel)),
+        (of_input, (share, maxima, kernel)),
         (native.parameter_gradient, (images, gradient, output)),
-        (native.convolution_relu_pool_maxima, (images, kernel, bias)),
-        (native.pooled_parameter_gradient, (images, share, maxima)),
-        (
-            lambda share, maxima, kernel: native.pooled_input_gradient(
-                share, maxima, kernel, images.shape
-            ),
-            (share, maxima, kernel),
-        ),
+        (native.parameter_gradient, (images, share, maxima)),
     ]
     for function, arguments in calls:
         compiled = jax.jit(function)

@@ -16,7 +16,7 @@ from tinyvgg_jax import TinyVGG, data, train
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.data import Batch, Split, fits_on_device
 from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
-from tinyvgg_jax.pipeline import DevicePipeline, Keys, Progress, StreamPipeline, _Pipeline
+from tinyvgg_jax.pipeline import DevicePipeline, Keys, Progress, StreamPipeline, paced
 from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step
 from tinyvgg_jax.train import train_and_evaluate
 
@@ -224,13 +224,12 @@ def test_calls_wait_in_a_short_queue(seconds: float, waiting: int) -> None:
             time.sleep(seconds)
             ended[0] += 1
 
-    class Calls(_Pipeline):
-        def _calls(self, *_: Any) -> Iterator[Progress]:
-            for number in range(20):
-                called[0] += 1
-                yield Progress(state, sums, Done(), number)  # type: ignore[arg-type]
+    def calls() -> Iterator[Progress]:
+        state, sums = beginning()
+        for number in range(20):
+            called[0] += 1
+            yield Progress(state, sums, Done(), number)  # type: ignore[arg-type]
 
-    state, sums = beginning()
-    queues = [called[0] - ended[0] for _ in Calls().epoch(state, sums, 0, 0)]
+    queues = [called[0] - ended[0] for _ in paced(calls())]
     assert queues[0] == 1
     assert queues[-8:] == 8 * [waiting]

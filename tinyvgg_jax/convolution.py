@@ -70,6 +70,17 @@ def _native(images: Array, kernel: Array) -> bool:
     )
 
 
+def _native_gradients(images: Array, kernel: Array, gradient: Array, passed: Array) -> Gradients:
+    """By `native`, which says what `passed` is."""
+    of_images = native.input_gradient(gradient, passed, kernel, images.shape)
+    return of_images, *native.parameter_gradient(images, gradient, passed)
+
+
+def _xla_gradients(images: Array, kernel: Array, gradient: Array) -> Gradients:
+    of_images, of_kernel = jax.vjp(_same_convolution, images, kernel)[1](gradient)
+    return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
+
+
 @jax.custom_vjp
 def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
     """Convolves with stride 1 and SAME padding, adds a bias and applies ReLU.
@@ -101,9 +112,7 @@ def _backward(residuals: tuple[Array, Array, Array], gradient: Array) -> Gradien
     images, kernel, output = residuals
 
     def xla(images: Array, kernel: Array, gradient: Array, output: Array) -> Gradients:
-        gradient = jnp.where(output > 0, gradient, 0)
-        of_images, of_kernel = jax.vjp(_same_convolution, images, kernel)[1](gradient)
-        return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
+        return _xla_gradients(images, kernel, jnp.where(output > 0, gradient, 0))
 
     def patches(images: Array, kernel: Array, gradient: Array, output: Array) -> Gradients:
         gradient = jnp.where(output > 0, gradient, 0)
@@ -112,11 +121,7 @@ def _backward(residuals: tuple[Array, Array, Array], gradient: Array) -> Gradien
         of_kernel = _kernel_gradient_from_patches(images, gradient, size).astype(kernel.dtype)
         return input_vjp(gradient)[0], of_kernel, gradient.sum(axis=(0, 1, 2))
 
-    def compiled(images: Array, kernel: Array, gradient: Array, output: Array) -> Gradients:
-        of_parameters = native.parameter_gradient(images, gradient, output)
-        return native.input_gradient(gradient, output, kernel), *of_parameters
-
-    cpu = compiled if _native(images, kernel) else patches
+    cpu = _native_gradients if _native(images, kernel) else patches
     return lax.platform_dependent(images, kernel, gradient, output, cpu=cpu, default=xla)
 
 
@@ -138,11 +143,7 @@ def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> Array:
 
 @jax.custom_vjp
 def _fused(images: Array, kernel: Array, bias: Array) -> Array:
-    def xla(images: Array, kernel: Array, bias: Array) -> Array:
-        return max_pool_2x2(jax.nn.relu(_same_convolution(images, kernel) + bias))
-
-    cpu = native.convolution_relu_pool
-    return lax.platform_dependent(images, kernel, bias, cpu=cpu, default=xla)
+    return _fused_forward(images, kernel, bias)[0]
 
 
 def _fused_forward(
@@ -153,7 +154,7 @@ def _fused_forward(
         pooled = max_pool_2x2(output)
         return pooled, which_are_maxima(output, pooled) * (pooled > 0)
 
-    cpu = native.convolution_relu_pool_maxima
+    cpu = native.convolution_relu_pool
     pooled, maxima = lax.platform_dependent(images, kernel, bias, cpu=cpu, default=xla)
     return pooled, (images, kernel, maxima)
 
@@ -164,15 +165,9 @@ def _fused_backward(residuals: tuple[Array, Array, Array], gradient: Array) -> G
 
     def xla(images: Array, kernel: Array, share: Array, maxima: Array) -> Gradients:
         of_output = share_among_maxima(share, maxima, images.shape[1:3])
-        of_images, of_kernel = jax.vjp(_same_convolution, images, kernel)[1](of_output)
-        return of_images, of_kernel, of_output.sum(axis=(0, 1, 2))
+        return _xla_gradients(images, kernel, of_output)
 
-    def cpu(images: Array, kernel: Array, share: Array, maxima: Array) -> Gradients:
-        of_parameters = native.pooled_parameter_gradient(images, share, maxima)
-        of_images = native.pooled_input_gradient(share, maxima, kernel, images.shape)
-        return of_images, *of_parameters
-
-    return lax.platform_dependent(images, kernel, share, maxima, cpu=cpu, default=xla)
+    return lax.platform_dependent(images, kernel, share, maxima, cpu=_native_gradients, default=xla)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

@@ -60,35 +60,25 @@ class Progress(NamedTuple):
     step: int
 
 
-class _Pipeline:
-    """What both kinds do: calls follow each other at the device's pace."""
-
-    def epoch(
-        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
-    ) -> Iterator[Progress]:
-        """Takes the epoch's steps from `first_step` on, both counted from 0."""
-        under_way: deque[Array] = deque()
-        waiting, last_end, long_calls = _WAITING, time.perf_counter(), 0
-        for now in self._calls(state, sums, epoch, first_step):
-            under_way.append(now.done)
-            while len(under_way) > waiting:
-                under_way.popleft().block_until_ready()
-                seconds, last_end = time.perf_counter() - last_end, time.perf_counter()
-                waiting = _WAITING_IF_SHORT if seconds < _SHORT_SECONDS else _WAITING
-                if seconds >= _SHORT_SECONDS:
-                    # The first has compiled, which leaves most.
-                    if long_calls % _CALLS_PER_TRIM == 0:
-                        give_back_freed_memory()
-                    long_calls += 1
-            yield now
-
-    def _calls(
-        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
-    ) -> Iterator[Progress]:
-        raise NotImplementedError
+def paced(calls: Iterator[Progress]) -> Iterator[Progress]:
+    """The calls at the device's pace: each begins when only few before it are waiting."""
+    under_way: deque[Array] = deque()
+    waiting, last_end, long_calls = _WAITING, time.perf_counter(), 0
+    for now in calls:
+        under_way.append(now.done)
+        while len(under_way) > waiting:
+            under_way.popleft().block_until_ready()
+            seconds, last_end = time.perf_counter() - last_end, time.perf_counter()
+            waiting = _WAITING_IF_SHORT if seconds < _SHORT_SECONDS else _WAITING
+            if seconds >= _SHORT_SECONDS:
+                # The first has compiled, which leaves most.
+                if long_calls % _CALLS_PER_TRIM == 0:
+                    give_back_freed_memory()
+                long_calls += 1
+        yield now
 
 
-class StreamPipeline(_Pipeline):
+class StreamPipeline:
     """Batches come from the host, one call a step, transferred while the device works."""
 
     def __init__(self, step: Step, split: Split, batch_size: int, keys: Keys):
@@ -104,6 +94,12 @@ class StreamPipeline(_Pipeline):
 
         self._update = update
 
+    def epoch(
+        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
+    ) -> Iterator[Progress]:
+        """Takes the epoch's steps from `first_step` on, both counted from 0."""
+        return paced(self._calls(state, sums, epoch, first_step))
+
     def _calls(
         self, state: TrainState, sums: Metrics, epoch: int, first_step: int
     ) -> Iterator[Progress]:
@@ -114,7 +110,7 @@ class StreamPipeline(_Pipeline):
             yield Progress(state, sums, done, number)
 
 
-class DevicePipeline(_Pipeline):
+class DevicePipeline:
     """The images stay on the device, and many steps run in one call, of many runs if wanted.
 
     Of K runs, states and sums have a leading axis of K; each has its own keys, and all are at the
@@ -172,6 +168,12 @@ class DevicePipeline(_Pipeline):
             order = jax.vmap(order, in_axes=(0, None))
         self._update = jax.jit(update, donate_argnums=(0, 1))
         self._order = jax.jit(order)
+
+    def epoch(
+        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
+    ) -> Iterator[Progress]:
+        """Takes the epoch's steps from `first_step` on, both counted from 0."""
+        return paced(self._calls(state, sums, epoch, first_step))
 
     def _calls(
         self, state: TrainState, sums: Metrics, epoch: int, first_step: int

@@ -28,11 +28,9 @@ logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("winograd.c")
 _TARGETS = (
     "tinyvgg_convolution_relu",
+    "tinyvgg_convolution_relu_pool",
     "tinyvgg_input_gradient",
     "tinyvgg_parameter_gradient",
-    "tinyvgg_convolution_relu_pool",
-    "tinyvgg_pooled_input_gradient",
-    "tinyvgg_pooled_parameter_gradient",
 )
 _FLAGS = (
     "-std=gnu11",
@@ -52,62 +50,36 @@ def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
     return _call("tinyvgg_convolution_relu", _floats(shape), images, kernel, bias)
 
 
-def input_gradient(gradient: Array, output: Array, kernel: Array) -> Array:
-    """Gradient and value `[B, H, W, O]` of the output, and `[3, 3, C, O]`, to `[B, H, W, C]`."""
-    shape = (*gradient.shape[:3], kernel.shape[2])
-    return _call("tinyvgg_input_gradient", _floats(shape), gradient, output, kernel)
+def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
+    """`convolution_relu`, of each 2x2 square the maximum, and which of the square's pixels have it.
 
-
-def parameter_gradient(images: Array, gradient: Array, output: Array) -> tuple[Array, Array]:
-    """`[B, H, W, C]`, and gradient and value `[B, H, W, O]` of the output, to those of parameters.
-
-    They are the kernel's `[3, 3, C, O]` and the bias's `[O]`.
+    Both are `[B, H // 2, W // 2, O]`, the second uint8: the bit 2i + j is set if pixel i, j has the
+    maximum, and none if that is not positive, so that ReLU lets no gradient through.
     """
-    results = _parameters(images, gradient)
-    return _call("tinyvgg_parameter_gradient", results, images, gradient, output)
-
-
-def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> Array:
-    """`convolution_relu`, and of each 2x2 square the maximum: `[B, H // 2, W // 2, O]`."""
-    shape = _pooled_shape(images, kernel)
-    return _call("tinyvgg_convolution_relu_pool", _floats(shape), images, kernel, bias)
-
-
-def convolution_relu_pool_maxima(images: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
-    """The same, and uint8 of its shape: the bit 2i + j if a square's pixel i, j is its maximum.
-
-    Where the maximum is not positive, so that ReLU lets no gradient through, no bit is set.
-    """
-    shape = _pooled_shape(images, kernel)
+    B, H, W, _ = images.shape
+    shape = (B, H // 2, W // 2, kernel.shape[3])
     results = (_floats(shape), jax.ShapeDtypeStruct(shape, jnp.uint8))
     return _call("tinyvgg_convolution_relu_pool", results, images, kernel, bias)
 
 
-def pooled_input_gradient(
-    share: Array, maxima: Array, kernel: Array, shape: tuple[int, ...]
-) -> Array:
-    """`input_gradient` where each of the maxima has the gradient `share`.
+def input_gradient(gradient: Array, passed: Array, kernel: Array, shape: tuple[int, ...]) -> Array:
+    """From the gradient of one of the two operations above to that of its images.
 
-    `shape` is the input's, `[B, H, W, C]`.
+    Args:
+        gradient: of the output; of a pooled one each maximum's share of it.
+        passed: of the same shape, the output of `convolution_relu`, float32, or the second of
+            `convolution_relu_pool`, uint8.
+        kernel: `[3, 3, C, O]`.
+        shape: of the images, `[B, H, W, C]`.
     """
-    return _call("tinyvgg_pooled_input_gradient", _floats(shape), share, maxima, kernel)
+    return _call("tinyvgg_input_gradient", _floats(shape), gradient, passed, kernel)
 
 
-def pooled_parameter_gradient(images: Array, share: Array, maxima: Array) -> tuple[Array, Array]:
-    """`parameter_gradient` where each of the maxima has the gradient `share`."""
-    results = _parameters(images, share)
-    return _call("tinyvgg_pooled_parameter_gradient", results, images, share, maxima)
-
-
-def _parameters(images: Array, gradient: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What a kernel and a bias look like that make `gradient`'s channels of those of `images`."""
-    C, O = images.shape[3], gradient.shape[3]  # noqa: E741
-    return _floats((3, 3, C, O)), _floats((O,))
-
-
-def _pooled_shape(images: Array, kernel: Array) -> tuple[int, ...]:
-    B, H, W, _ = images.shape
-    return (B, H // 2, W // 2, kernel.shape[3])
+def parameter_gradient(images: Array, gradient: Array, passed: Array) -> tuple[Array, Array]:
+    """Likewise to those of its kernel `[3, 3, C, O]` and bias `[O]`."""
+    C_in, C_out = images.shape[3], gradient.shape[3]
+    results = (_floats((3, 3, C_in, C_out)), _floats((C_out,)))
+    return _call("tinyvgg_parameter_gradient", results, images, gradient, passed)
 
 
 def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -263,6 +263,13 @@ static void locate(const Plan *plan, const float *x, long channels, long tile, i
     }
 }
 
+/* What a gradient passed on its way here, the other being NULL: a ReLU with these outputs, or after
+   it a pooling with these maxima, a byte a square. */
+typedef struct {
+  const float *outputs;
+  const uint8_t *maxima;
+} Passed;
+
 /* A pixel of a pooled gradient: the square's share, if the pixel is one of the square's maxima. */
 static INLINE float share_of(const float *share, const uint8_t *maxima, int pixel, long c) {
   /* A product, because of a condition the compiler makes a jump. */
@@ -373,15 +380,14 @@ static INLINE void transform_2x2(const Plan *plan, const float **g, const float 
     for (long o = plan->O; o < plan->O_up; o++) m[k * step + o] = 0;
 }
 
-/* `y` are the ReLU's outputs, or NULL where there are maxima. */
-static void transform_gradient(const Plan *plan, const float *gradient, const float *y,
-                               const uint8_t *maxima, long tile, float *m) {
+static void transform_gradient(const Plan *plan, const float *gradient, Passed passed, long tile,
+                               float *m) {
   const float *pixels[4] = {gradient + tile * plan->O}, *outputs[4];
-  if (maxima) {
-    transform_2x2(plan, pixels, NULL, maxima + tile * plan->O, m);
+  if (passed.maxima) {
+    transform_2x2(plan, pixels, NULL, passed.maxima + tile * plan->O, m);
   } else {
     locate(plan, gradient, plan->O, tile, 0, 2, pixels);
-    locate(plan, y, plan->O, tile, 0, 2, outputs);
+    locate(plan, passed.outputs, plan->O, tile, 0, 2, outputs);
     transform_2x2(plan, pixels, outputs, NULL, m);
   }
 }
@@ -437,13 +443,10 @@ static void transform_and_pool(const Plan *plan, const float *m, const float *bi
 typedef struct {
   Plan plan;
   const float *x, *kernel, *bias;
-  /* Where x is a gradient, what says which of it counts: a ReLU's outputs, or a pooling's maxima. */
-  const float *x_outputs;
-  const uint8_t *x_maxima;
+  Passed x_passed; /* of a gradient */
   float least;  /* of the output: 0 for a ReLU */
   float *u, *y; /* u is NULL where each task transforms its own panels. */
-  int pooled;
-  uint8_t *maxima; /* of the pooling, NULL where nobody asks */
+  uint8_t *maxima; /* of the pooling, NULL where none follows */
   long groups; /* of panels, for threads that would have no chunk */
   /* The kernel [3, 3, in, out] as seen by this convolution: where it begins, and strides. */
   long first, tap, in, out;
@@ -498,7 +501,6 @@ static void convolve_chunk(void *argument, long index) {
   /* The transformed kernel: of all panels, or where nobody else needs it, of one at a time. */
   long u_step = f->u ? plan->u_step : plan->C * COLUMNS + 16;
   size_t size;
-  /* Last what nobody reads: a pixel, or a square's bytes. */
   float *v = borrow(16 * (plan->v_step + plan->m_step + (f->u ? 0 : u_step)) + plan->O, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
@@ -511,10 +513,10 @@ static void convolve_chunk(void *argument, long index) {
   long first = index / f->groups * plan->chunk, n = min(plan->chunk, plan->tiles - first);
   long from = panel * COLUMNS, to = min(end * COLUMNS, plan->O);
   for (long t = 0; t < n; t++)
-    if (f->x_maxima)
-      transform_pooled_gradient(plan, f->x, f->x_maxima, first + t, v + t * plan->C);
-    else if (f->x_outputs)
-      transform_relu_gradient(plan, f->x, f->x_outputs, first + t, v + t * plan->C);
+    if (f->x_passed.maxima)
+      transform_pooled_gradient(plan, f->x, f->x_passed.maxima, first + t, v + t * plan->C);
+    else if (f->x_passed.outputs)
+      transform_relu_gradient(plan, f->x, f->x_passed.outputs, first + t, v + t * plan->C);
     else
       transform_input(plan, f->x, first + t, v + t * plan->C);
   for (long p = panel; p < end; p = f->u ? end : p + 1) {
@@ -526,10 +528,9 @@ static void convolve_chunk(void *argument, long index) {
               m + k * plan->m_step + p * COLUMNS, plan->O_up, 0);
   }
   for (long t = 0; t < n; t++)
-    if (f->pooled)
+    if (f->maxima)
       transform_and_pool(plan, m + t * plan->O_up, f->bias, f->least, from, to,
-                         f->y + (first + t) * plan->O,
-                         f->maxima ? f->maxima + (first + t) * plan->O : (uint8_t *)nowhere);
+                         f->y + (first + t) * plan->O, f->maxima + (first + t) * plan->O);
     else
       transform_output(plan, m + t * plan->O_up, first + t, f->bias, f->least, from, to, f->y,
                        nowhere);
@@ -541,9 +542,7 @@ static void convolve_chunk(void *argument, long index) {
 typedef struct {
   Plan plan;
   const float *x, *gradient;
-  /* What says which of the gradient counts: a ReLU's outputs, or a pooling's maxima. */
-  const float *outputs;
-  const uint8_t *maxima;
+  Passed passed; /* by the gradient */
   float *sums; /* of each piece [16, C rounded up to ROWS, O_up], and of the gradient [O_up] */
   float *of_kernel, *of_bias;
   long pieces, C_up, product_size, piece_size; /* in floats */
@@ -579,8 +578,7 @@ static void sum_piece(void *argument, long index) {
     long n = min(plan->chunk, end - first);
     for (long t = 0; t < n; t++) {
       transform_input(plan, f->x, first + t, v + t * plan->C);
-      transform_gradient(plan, f->gradient, f->outputs, f->maxima, first + t,
-                         m + t * plan->O_up);
+      transform_gradient(plan, f->gradient, f->passed, first + t, m + t * plan->O_up);
     }
     for (int k = 0; k < 16; k++)
       product(f->C_up, plan->O_up, n, v + k * plan->v_step, 1, plan->C, m + k * plan->m_step,
@@ -636,7 +634,7 @@ static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int i) {
 }
 
 static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int i) {
-  return i < frame->rets.size ? frame->rets.rets[i] : NULL;
+  return frame->rets.rets[i];
 }
 
 /* Answers XLA's question of what this handler was compiled for. */
@@ -669,7 +667,7 @@ static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, Forward *f, const
   long C = dims[turned ? 3 : 2], O = dims[turned ? 2 : 3], threads = num_threads(frame);
   size_t u_size, zeros_size;
   float *zeros = borrow(max(C, O), &zeros_size);
-  make_plan(&f->plan, images, C, O, f->pooled, zeros);
+  make_plan(&f->plan, images, C, O, f->maxima != NULL, zeros);
   if (!f->bias) f->bias = zeros;
   f->groups = min(f->plan.O_up / COLUMNS, (threads + f->plan.chunks - 1) / f->plan.chunks);
   int shared = f->plan.chunks > 1;
@@ -693,79 +691,61 @@ XLA_FFI_Error *tinyvgg_convolution_relu(XLA_FFI_CallFrame *frame) {
   return convolve(frame, &f, x->dims, argument(frame, 1), 0);
 }
 
-/* The same, pooled -> [B, H / 2, W / 2, O], and if wanted the maxima of the same shape, uint8 */
+/* The same, pooled -> [B, H / 2, W / 2, O], and the maxima of the same shape, uint8 */
 XLA_FFI_Error *tinyvgg_convolution_relu_pool(XLA_FFI_CallFrame *frame) {
   if (describes_itself(frame)) return NULL;
-  const XLA_FFI_Buffer *x = argument(frame, 0), *maxima = result(frame, 1);
+  const XLA_FFI_Buffer *x = argument(frame, 0);
   Forward f = {.x = x->data,
                .bias = argument(frame, 2)->data,
                .y = result(frame, 0)->data,
-               .pooled = 1,
-               .maxima = maxima ? maxima->data : NULL};
+               .maxima = result(frame, 1)->data};
   return convolve(frame, &f, x->dims, argument(frame, 1), 0);
 }
 
-/* (gradient and output [B, H, W, O], kernel [3, 3, C, O]) -> [B, H, W, C] */
+/* What says which of a gradient counts: float32 and of its shape, the outputs of the ReLU before
+   it; or uint8, the maxima of the pooling before it, of which the gradient holds the shares. */
+static Passed passed_by(const XLA_FFI_Buffer *buffer) {
+  if (buffer->dtype == XLA_FFI_DataType_U8) return (Passed){.maxima = buffer->data};
+  return (Passed){.outputs = buffer->data};
+}
+
+/* (gradient [B, h, w, O], what it passed, kernel [3, 3, C, O]) -> [B, H, W, C] */
 XLA_FFI_Error *tinyvgg_input_gradient(XLA_FFI_CallFrame *frame) {
   if (describes_itself(frame)) return NULL;
   const XLA_FFI_Buffer *y = result(frame, 0);
   Forward f = {.x = argument(frame, 0)->data,
-               .x_outputs = argument(frame, 1)->data,
+               .x_passed = passed_by(argument(frame, 1)),
                .least = -INFINITY,
                .y = y->data};
   return convolve(frame, &f, y->dims, argument(frame, 2), 1);
 }
 
-/* (share and maxima [B, H / 2, W / 2, O], kernel [3, 3, C, O]) -> [B, H, W, C] */
-XLA_FFI_Error *tinyvgg_pooled_input_gradient(XLA_FFI_CallFrame *frame) {
-  if (describes_itself(frame)) return NULL;
-  const XLA_FFI_Buffer *y = result(frame, 0);
-  Forward f = {.x = argument(frame, 0)->data,
-               .x_maxima = argument(frame, 1)->data,
-               .least = -INFINITY,
-               .y = y->data};
-  return convolve(frame, &f, y->dims, argument(frame, 2), 1);
-}
-
-/* Computes what is described but for its plan: sums over tiles of `images`. */
-static XLA_FFI_Error *sum_up(const XLA_FFI_CallFrame *frame, ParameterGradient *f,
-                             const XLA_FFI_Buffer *images, long O) {
-  long C = images->dims[3], channels = max(C, O);
-  size_t sums_size, zeros_size;
-  float *zeros = borrow(channels, &zeros_size);
-  f->x = images->data;
-  f->of_kernel = result(frame, 0)->data;
-  f->of_bias = result(frame, 1)->data;
-  make_plan(&f->plan, images->dims, C, O, f->maxima != NULL, zeros);
-  f->C_up = round_up(f->plan.C, ROWS);
-  f->pieces = min(num_threads(frame), f->plan.chunks);
-  f->product_size = f->C_up * f->plan.O_up + 16;
-  f->piece_size = 16 * f->product_size + f->plan.O_up;
-  f->sums = borrow(f->pieces * f->piece_size, &sums_size);
-  if (zeros && f->sums) {
-    memset(zeros, 0, channels * sizeof(float));
-    parallel_for(frame, f->pieces, sum_piece, f);
-    parallel_for(frame, f->plan.C, transform_sums, f);
-    sum_bias(f);
-  }
-  int failed = !zeros || !f->sums || atomic_load(&f->plan.failed);
-  give_back(zeros, zeros_size);
-  give_back(f->sums, sums_size);
-  return failed ? out_of_memory(frame) : NULL;
-}
-
-/* (images [B, H, W, C], gradient and output [B, H, W, O]) -> [3, 3, C, O], [O] */
+/* (images [B, H, W, C], gradient [B, h, w, O], what it passed) -> [3, 3, C, O], [O] */
 XLA_FFI_Error *tinyvgg_parameter_gradient(XLA_FFI_CallFrame *frame) {
   if (describes_itself(frame)) return NULL;
-  const XLA_FFI_Buffer *gradient = argument(frame, 1);
-  ParameterGradient f = {.gradient = gradient->data, .outputs = argument(frame, 2)->data};
-  return sum_up(frame, &f, argument(frame, 0), gradient->dims[3]);
-}
-
-/* (images [B, H, W, C], share and maxima [B, H / 2, W / 2, O]) -> [3, 3, C, O], [O] */
-XLA_FFI_Error *tinyvgg_pooled_parameter_gradient(XLA_FFI_CallFrame *frame) {
-  if (describes_itself(frame)) return NULL;
-  const XLA_FFI_Buffer *share = argument(frame, 1);
-  ParameterGradient f = {.gradient = share->data, .maxima = argument(frame, 2)->data};
-  return sum_up(frame, &f, argument(frame, 0), share->dims[3]);
+  const XLA_FFI_Buffer *x = argument(frame, 0), *gradient = argument(frame, 1);
+  ParameterGradient f = {.x = x->data,
+                         .gradient = gradient->data,
+                         .passed = passed_by(argument(frame, 2)),
+                         .of_kernel = result(frame, 0)->data,
+                         .of_bias = result(frame, 1)->data};
+  long C = x->dims[3], O = gradient->dims[3], channels = max(C, O);
+  size_t sums_size, zeros_size;
+  float *zeros = borrow(channels, &zeros_size);
+  make_plan(&f.plan, x->dims, C, O, f.passed.maxima != NULL, zeros);
+  f.C_up = round_up(f.plan.C, ROWS);
+  f.pieces = min(num_threads(frame), f.plan.chunks);
+  f.product_size = f.C_up * f.plan.O_up + 16;
+  f.piece_size = 16 * f.product_size + f.plan.O_up;
+  f.sums = borrow(f.pieces * f.piece_size, &sums_size);
+  if (zeros && f.sums) {
+    memset(zeros, 0, channels * sizeof(float));
+    parallel_for(frame, f.pieces, sum_piece, &f);
+    parallel_for(frame, f.plan.C, transform_sums, &f);
+    sum_bias(&f);
+  }
+  int failed = !zeros || !f.sums || atomic_load(&f.plan.failed);
+  give_back(zeros, zeros_size);
+  give_back(f.sums, sums_size);
+  return failed ? out_of_memory(frame) : NULL;
 }
