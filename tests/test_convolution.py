@@ -184,6 +184,16 @@ def test_with_pooling_what_is_not_a_number_stays_none(formulation: str) -> None:
         assert jnp.isnan(output[0][seen]).all()
 
 
+@pytest.mark.parametrize("function", [convolution_relu, convolution_relu_pool])
+def test_relu_lets_not_even_infinity_through(function: Function, formulation: str) -> None:
+    (images, kernel, _), _ = draw((1, 8, 8, 2, 3, 3, 3), "float32")
+    # Only the last channel is alive.
+    output, vjp = jax.vjp(function, images, kernel, jnp.array([-100.0, -100.0, 100.0]))
+    gradient = jnp.ones(output.shape).at[..., :2].set(jnp.inf)
+    for leaf in vjp(gradient):
+        assert jnp.isfinite(leaf).all()
+
+
 def test_with_pooling_under_vmap(formulation: str) -> None:
     (images, kernel, bias), _ = draw((2, 6, 6, 2, 3, 3, 3), "float32")
 

@@ -270,15 +270,17 @@ typedef struct {
   const uint8_t *maxima;
 } Passed;
 
-/* A pixel of a pooled gradient: the square's share, if the pixel is one of the square's maxima. */
+/* A pixel of a pooled gradient: the square's share, if the pixel is one of the square's maxima. The
+   value is read in any case, here and below, or the compiler would make a jump of the condition. */
 static INLINE float share_of(const float *share, const uint8_t *maxima, int pixel, long c) {
-  /* A product, because of a condition the compiler makes a jump. */
-  return share[c] * (maxima[c] >> pixel & 1);
+  float value = share[c];
+  return maxima[c] >> pixel & 1 ? value : 0;
 }
 
 /* A pixel of the gradient of a ReLU, whose output was y. */
 static INLINE float through_relu(const float *gradient, const float *y, long c) {
-  return gradient[c] * (y[c] > 0 ? 1.0f : 0.0f);
+  float value = gradient[c];
+  return y[c] > 0 ? value : 0;
 }
 
 /* v = B' d B for each channel, d the tile's 4x4 pixels; of a ReLU's gradient, if `outputs` is not
@@ -393,9 +395,9 @@ static void transform_gradient(const Plan *plan, const float *gradient, Passed p
 }
 
 /* s = A' m A + bias, the tile's 2x2 output pixels, for each channel of `from` to `to` - 1. They
-   become no less than `least`; or if `pool`, their maximum does. */
+   become no less than `least`; or if `maxima` is not NULL, their maximum does. */
 static INLINE void transform_back(const Plan *plan, const float *m, const float *bias, float least,
-                                  long from, long to, int pool, float **y, uint8_t *maxima) {
+                                  long from, long to, float **y, uint8_t *maxima) {
   long step = plan->m_step;
 #pragma omp simd
   for (long o = from; o < to; o++) {
@@ -409,7 +411,7 @@ static INLINE void transform_back(const Plan *plan, const float *m, const float 
     s[0] = t[0] + t[1] + t[2] + bias[o], s[1] = t[1] - t[2] - t[3] + bias[o];
     s[2] = t[4] + t[5] + t[6] + bias[o], s[3] = t[5] - t[6] - t[7] + bias[o];
     /* In these orders a NaN stays one. */
-    if (pool) {
+    if (maxima) {
       float most = s[0];
 #pragma GCC unroll 3
       for (int i = 1; i < 4; i++) most = (s[i] > most) | (s[i] != s[i]) ? s[i] : most;
@@ -430,12 +432,12 @@ static void transform_output(const Plan *plan, const float *m, long tile, const 
   locate(plan, y, plan->O, tile, 0, 2, pixels);
   float *out[4];
   for (int i = 0; i < 4; i++) out[i] = pixels[i] == plan->zeros ? nowhere : y + (pixels[i] - y);
-  transform_back(plan, m, bias, least, from, to, 0, out, NULL);
+  transform_back(plan, m, bias, least, from, to, out, NULL);
 }
 
 static void transform_and_pool(const Plan *plan, const float *m, const float *bias, float least,
                                long from, long to, float *y, uint8_t *maxima) {
-  transform_back(plan, m, bias, least, from, to, 1, &y, maxima);
+  transform_back(plan, m, bias, least, from, to, &y, maxima);
 }
 
 /* ---- The convolution */
@@ -639,7 +641,8 @@ static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int i) {
 
 /* Answers XLA's question of what this handler was compiled for. */
 static int describes_itself(XLA_FFI_CallFrame *frame) {
-  XLA_FFI_Extension_Base *extension = frame->extension_start;
+  /* Its type is XLA_FFI_Extension_Base up to jax 0.10 and XLA_FFI_InternalExtension after. */
+  __auto_type extension = frame->extension_start;
   if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
   XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
   metadata->api_version.major_version = XLA_FFI_API_MAJOR;
