@@ -64,12 +64,31 @@ def test_every_shape_and_dtype_of_the_same_image(predictor: Predictor, test_spli
     assert predictor(test_split.images[:0]).labels.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int64", "uint16", "bool", "bfloat16", "f8"])
+def test_images_of_any_dtype_give_the_same_answers(
+    predictor: Predictor, test_split: Split, dtype: str
+) -> None:
+    # Each pixel is black or as bright as every one of the dtypes allows.
+    bits = (test_split.images[:3, ..., 0] > 100).astype("uint8")
+    top = {"int8": 127, "bool": 1, "bfloat16": 1, "f8": 1}.get(dtype, 255)
+    given = jnp.asarray(bits * np.uint8(top), dtype) if dtype == "bfloat16" else None
+    answers = predictor(given if given is not None else (bits * np.uint8(top)).astype(dtype))
+    expected = bits * (np.float32(127 / 255) if dtype == "int8" else np.float32(1))
+    assert answers.probabilities.shape == (3, 5)
+    np.testing.assert_allclose(
+        answers.probabilities, predictor(expected).probabilities, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_what_is_no_image_is_refused(predictor: Predictor) -> None:
-    for shape in [(28, 28), (16, 16, 3), (2, 16, 16), (16,), (1, 1, 16, 16, 1)]:
-        with pytest.raises(ValueError, match=r"must be \[16, 16\]"):
+    for shape in [(28, 28), (16, 16, 3), (2, 16, 17), (16,), (1, 1, 16, 16, 1), (1, 1, 16, 16)]:
+        with pytest.raises(ValueError, match=r"must be \[16, 16, 1\]"):
             predictor(np.zeros(shape, np.uint8))
-    with pytest.raises(ValueError, match="uint8 or floating, not int64"):
-        predictor(np.zeros((16, 16), np.int64))
+    with pytest.raises(ValueError, match="integers, floating or bool, not complex64"):
+        predictor(np.zeros((16, 16), np.complex64))
+    for number in (-1, 256):
+        with pytest.raises(ValueError, match="in 0 to 255"):
+            predictor(np.full((16, 16), number))
     for value in (2.0, -0.1, np.nan):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             predictor(np.full((16, 16), value))

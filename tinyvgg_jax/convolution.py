@@ -1,10 +1,12 @@
-"""The SAME convolution of the model, in formulations that are fast on a CPU.
+"""The SAME convolution of the model, in plain JAX and in formulations that are fast on a CPU.
 
-XLA's CPU backend computes the gradient with respect to a convolution's kernel several times
-slower than its own matrix product could. So there, 3x3 convolutions in float32 are `native`'s,
-together with the pooling that may follow. Where they cannot be, this file writes that gradient as
-a product of image patches with the output's gradient, a few images at a time, so that the patches
-stay in the cache. On other platforms everything is XLA's own.
+The plain one works under every JAX transformation. XLA's CPU backend computes the gradient with
+respect to a convolution's kernel several times slower than its own matrix product could. So there,
+3x3 convolutions in float32 are `native`'s, together with the pooling that may follow. Where they
+cannot be, this file writes that gradient as a product of image patches with the output's gradient,
+a few images at a time, so that the patches stay in the cache. On other platforms everything is
+XLA's own. The fast formulations have a gradient of their own (`jax.custom_vjp`), so that they are
+differentiable in reverse mode only, and only once.
 """
 
 from functools import partial
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tinyvgg_jax import native
-from tinyvgg_jax.pooling import max_pool_2x2, share_among_maxima, which_are_maxima
+from tinyvgg_jax.pooling import lean_max_pool_2x2, share_among_maxima, which_are_maxima
 
 # Output pixels whose patches are gathered at a time: the best of 196 to 25,088 on two cores
 # of an AMD EPYC at the model's own shapes. It also bounds the extra memory.
@@ -28,6 +30,21 @@ def _same_convolution(images: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
         images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def plain_convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
+    """Convolves with stride 1 and SAME padding, adds a bias and applies ReLU, all by XLA.
+
+    Args:
+        images: `[B, H, W, C_in]`, floating.
+        kernel: `[k_h, k_w, C_in, C_out]`, the dtype of `images`.
+        bias: `[C_out]`, likewise.
+
+    Returns:
+        `[B, H, W, C_out]`, the same dtype.
+    """
+    # The axes are written out for those who forbid JAX to add them.
+    return jax.nn.relu(_same_convolution(images, kernel) + bias[None, None, None])
 
 
 def _kernel_gradient_from_patches(
@@ -83,9 +100,7 @@ def _xla_gradients(images: Array, kernel: Array, gradient: Array) -> Gradients:
 
 @jax.custom_vjp
 def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
-    """Convolves with stride 1 and SAME padding, adds a bias and applies ReLU.
-
-    Reverse-mode differentiable.
+    """Computes `plain_convolution_relu` fast on a CPU; reverse-mode differentiable, once.
 
     Args:
         images: `[B, H, W, C_in]`, floating.
@@ -93,14 +108,11 @@ def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
         bias: `[C_out]`, likewise.
 
     Returns:
-        `[B, H, W, C_out]`, the same dtype; equal to `relu(lax.conv_general_dilated(...) + bias)`.
+        `[B, H, W, C_out]`, the same dtype.
     """
-
-    def xla(images: Array, kernel: Array, bias: Array) -> Array:
-        return jax.nn.relu(_same_convolution(images, kernel) + bias)
-
-    cpu = native.convolution_relu if _native(images, kernel) else xla
-    return lax.platform_dependent(images, kernel, bias, cpu=cpu, default=xla)
+    plain = plain_convolution_relu
+    cpu = native.convolution_relu if _native(images, kernel) else plain
+    return lax.platform_dependent(images, kernel, bias, cpu=cpu, default=plain)
 
 
 def _forward(images: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -129,7 +141,7 @@ convolution_relu.defvjp(_forward, _backward)
 
 
 def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> Array:
-    """`max_pool_2x2(convolution_relu(...))`, on a CPU without writing what is pooled.
+    """`lean_max_pool_2x2(convolution_relu(...))`, on a CPU without writing what is pooled.
 
     Args and errors are those of `convolution_relu`.
 
@@ -138,7 +150,7 @@ def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> Array:
     """
     if _native(images, kernel) and min(images.shape[1:3]) >= 2:
         return _fused(images, kernel, bias)
-    return max_pool_2x2(convolution_relu(images, kernel, bias))
+    return lean_max_pool_2x2(convolution_relu(images, kernel, bias))
 
 
 @jax.custom_vjp
@@ -150,8 +162,8 @@ def _fused_forward(
     images: Array, kernel: Array, bias: Array
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     def xla(images: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
-        output = jax.nn.relu(_same_convolution(images, kernel) + bias)
-        pooled = max_pool_2x2(output)
+        output = plain_convolution_relu(images, kernel, bias)
+        pooled = lean_max_pool_2x2(output)
         return pooled, which_are_maxima(output, pooled) * (pooled > 0)
 
     cpu = native.convolution_relu_pool

@@ -97,6 +97,8 @@ def evaluate(
     Returns:
         The sums.
     """
+    # No gradient is taken here.
+    model = model.clone(native=True)
     on_cpu = jax.default_backend() == "cpu"
     size = min(batch_size or _BATCH_SIZES[on_cpu], len(split))
     # On a CPU, batch by batch: nothing is gained by one long call, which could not be stopped.

@@ -66,8 +66,9 @@ class Predictor:
         """Predicts the classes of images that look like the dataset's.
 
         Args:
-            images: `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, uint8, or floating in [0, 1]. For
-                photos, see `tinyvgg_jax.pictures.load_picture`.
+            images: `[H, W]`, `[H, W, C]`, `[B, H, W]` (where C is 1) or `[B, H, W, C]`; whole
+                numbers from 0 to 255 of any dtype, or floating or bool in [0, 1]. For photos, see
+                `tinyvgg_jax.pictures.load_picture`.
 
         Returns:
             The predictions; B is 1 for a single image.
@@ -75,7 +76,7 @@ class Predictor:
         Raises:
             ValueError: if the shape, dtype or range is another.
         """
-        batch = self._checked(np.asarray(images))
+        batch = _pixels(self._batch(np.asarray(images)))
         probabilities = self.probabilities(batch, 1 if len(batch) == 1 else _CHUNK)
         return Predictions(probabilities.argmax(axis=1), probabilities, self.class_names)
 
@@ -87,26 +88,36 @@ class Predictor:
         empty = np.zeros((0, len(self.class_names)), np.float32)
         return np.concatenate([empty, *rows])
 
-    def _checked(self, images: np.ndarray) -> np.ndarray:
-        """`[B, H, W, C]` uint8 or float32."""
+    def _batch(self, images: np.ndarray) -> np.ndarray:
+        """Adds the axes that may be left out: `[B, H, W, C]`."""
         H, W, C = self.image_shape
         given = images.shape
-        if images.ndim == 2:
+        if C == 1 and given[-2:] == (H, W) and images.ndim in (2, 3):
             images = images[..., None]
         if images.ndim == 3:
             images = images[None]
-        if images.shape[1:] != self.image_shape:
+        if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise ValueError(
-                f"images must be [{H}, {W}], [{H}, {W}, {C}] or [B, {H}, {W}, {C}], not of shape "
-                f"{list(given)}; tinyvgg_jax.pictures.load_picture resizes."
+                f"images must be [{H}, {W}, {C}] or [B, {H}, {W}, {C}]"
+                + (f", or without the last axis [{H}, {W}] or [B, {H}, {W}]" if C == 1 else "")
+                + f", not of shape {list(given)}; tinyvgg_jax.pictures.load_picture resizes."
             )
-        if images.dtype == np.uint8:
-            return images
-        if not np.issubdtype(images.dtype, np.floating):
-            raise ValueError(f"images must be uint8 or floating, not {images.dtype}.")
+        return images
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """Checks dtype and range, and gives uint8 for whole numbers and float32 for all others."""
+    # NumPy does not count bfloat16 among the floating types, JAX does.
+    if images.dtype == bool or jnp.issubdtype(images.dtype, jnp.floating):
+        images = images.astype(np.float32)
         if not ((images >= 0) & (images <= 1)).all():
-            raise ValueError("floating images must be in [0, 1]; pass uint8 for 0 to 255.")
-        return images.astype(np.float32)
+            raise ValueError("floating images must be in [0, 1]; pass integers for 0 to 255.")
+        return images
+    if not np.issubdtype(images.dtype, np.integer):
+        raise ValueError(f"images must be integers, floating or bool, not {images.dtype}.")
+    if not ((images >= 0) & (images <= 255)).all():
+        raise ValueError("integer images must be in 0 to 255; pass floats for [0, 1].")
+    return images.astype(np.uint8)
 
 
 def _padded(images: np.ndarray, size: int) -> np.ndarray:
@@ -118,7 +129,8 @@ def _padded(images: np.ndarray, size: int) -> np.ndarray:
 @partial(jax.jit, static_argnums=0)
 def _probabilities(model: TinyVGG, params: Any, images: Array) -> Array:
     floats = to_float(images) if images.dtype == jnp.uint8 else images
-    return jax.nn.softmax(apply(model, params, floats))
+    # No gradient is taken here.
+    return jax.nn.softmax(apply(model.clone(native=True), params, floats))
 
 
 def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:

@@ -287,7 +287,7 @@ def _assemble(
         workdir=workdir,
         splits=splits,
         info=info,
-        model=build_model(config, info),
+        model=build_model(config, info).clone(native=True),
         schedule=schedule,
         optimizer=optimizer,
         key=jax.random.key(config.seed),

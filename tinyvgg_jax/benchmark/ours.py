@@ -44,7 +44,10 @@ def synthetic_split(size: int) -> Split:
 
 def train(case: dict[str, Any]) -> Prepared:
     """Training steps: bare ones for "train", with augmentation and data order for "epoch"."""
-    model, optimizer = TinyVGG(dtype=jnp.dtype(case["dtype"])), make_optimizer(lambda _: 0.01, 0.9)
+    model, optimizer = (
+        TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True),
+        make_optimizer(lambda _: 0.01, 0.9),
+    )
     augmentation: Augmentation = lambda _, images, step: images  # noqa: E731
     if case["kind"] == "epoch":
         augmentation = functools.partial(augment, rotation_degrees=10.0, horizontal_flip=True)
@@ -88,7 +91,10 @@ def endless(
 
 def counted(step: Any, case: dict[str, Any]) -> float | None:
     """Floating-point operations of a step as XLA counts them, without what C code computes."""
-    model, optimizer = TinyVGG(dtype=jnp.dtype(case["dtype"])), make_optimizer(lambda _: 0.01, 0.9)
+    model, optimizer = (
+        TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True),
+        make_optimizer(lambda _: 0.01, 0.9),
+    )
     init = functools.partial(init_state, model, optimizer, image_shape=IMAGE_SHAPE)
     state: TrainState = jax.eval_shape(init, jax.random.key(0))
     batch = resident(synthetic_split(case["batch_size"]))
@@ -99,7 +105,7 @@ def counted(step: Any, case: dict[str, Any]) -> float | None:
 
 def infer(case: dict[str, Any]) -> Prepared:
     """Logits of a batch, one call after the other."""
-    model = TinyVGG(dtype=jnp.dtype(case["dtype"]))
+    model = TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True)
     images = jnp.asarray(synthetic_split(case["batch_size"]).images / np.float32(255))
     # Drawn without a program of their own: who infers has them from a file.
     abstract = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
