@@ -1,5 +1,10 @@
+import errno
+import gc
+import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tinyvgg_jax import checkpoint
 from tinyvgg_jax.checkpoint import Checkpoints, digest
 from tinyvgg_jax.errors import UserError
+
+# Orbax leaves coroutines behind when it fails to read, of which Python complains later.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def find_coroutines_now() -> Iterator[None]:
+    """Lets Python find them within these tests, not in whatever test comes after."""
+    yield
+    gc.collect()
 
 
 def params(step: int) -> dict[str, jax.Array]:
@@ -115,8 +131,6 @@ DAMAGES: list[Callable[[Path], Any]] = [
 ]
 
 
-# Orbax leaves coroutines behind when it fails to read.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_taken(
     tmp_path: Path, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
@@ -133,6 +147,132 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_taken(
         assert_equal(checkpoints.restore_params(2, ABSTRACT[0]).params, params(2))
     assert (tmp_path / "checkpoints.damaged" / "2").is_dir()
     assert "The checkpoint of step 2 is damaged" in caplog.text
+
+
+ODD_NAMES = [
+    "[a]",
+    "a[",
+    "*?",
+    "back\\slash",
+    "größe",
+    "new\nline",
+    "{x}$HOME",
+    os.fsdecode(b"\xff"),
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / "checkpoints"
+    for steps in ({1: 0.9, 2: 0.5}, {3: 0.6}):
+        fill(folder, dict(steps))
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore_newest(*ABSTRACT)
+    assert restored is not None and restored.step == 3
+    assert_equal((restored.params, restored.opt_state), (params(3), opt_state(3)))
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.restore_params("best", ABSTRACT[0]).step == 1
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["checkpoints"]
+
+
+def test_a_folder_that_no_plain_path_leads_to_is_refused_before_anything_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_OPEN_FOLDERS", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"because of the characters in its path"):
+        Checkpoints(tmp_path / "[a]")
+
+
+def test_a_save_that_cannot_be_read_back_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Then Orbax takes the brackets for a pattern, and loses what it saves.
+    monkeypatch.setattr(checkpoint, "_PLAIN_PATH", re.compile(".*"))
+    with (
+        Checkpoints(tmp_path / "[a]") as checkpoints,
+        pytest.raises(UserError, match=r"what was saved cannot be read back in .*\[a\]"),
+    ):
+        checkpoints.save(1, params(1), opt_state(1), {}, 0.5)
+
+
+def assert_left_alone(folder: Path, said: str, wanted: Any = ABSTRACT) -> None:
+    with Checkpoints(folder) as checkpoints:
+        with pytest.raises(UserError, match=said):
+            checkpoints.restore_newest(*wanted)
+        assert checkpoints.steps() == [1, 2]
+    assert not (folder.parent / "checkpoints.damaged").exists()
+
+
+def forget_arrays(folder: Path) -> None:
+    """Makes a checkpoint like those of earlier versions, which did not record their arrays."""
+    file = folder / "progress" / "metadata"
+    progress = json.loads(file.read_text())
+    digests = progress.pop("digests")
+    del progress["arrays"]
+    digests["progress"] = checkpoint._digest_json(progress)
+    file.write_text(json.dumps({**progress, "digests": digests}))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_dtype_or_optimizer_is_no_damage(tmp_path: Path, recorded: bool) -> None:
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: 0.5, 2: 0.6})
+    if not recorded:
+        forget_arrays(folder / "2")
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "float16"), ABSTRACT[0])
+    assert_left_alone(folder, "has a in float32, but this .* float16", (half, ABSTRACT[1]))
+    more = (*ABSTRACT[1], jax.ShapeDtypeStruct((), "int32"))
+    assert_left_alone(folder, r"another optimizer state .*: 2 is None there", (ABSTRACT[0], more))
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore_newest(*ABSTRACT)
+    assert restored is not None and restored.step == 2
+    assert restored.progress == {"note": 2}
+
+
+def test_what_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: 0.5, 2: 0.6})
+
+    def refuse(where: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(where / "params"))
+
+    truncate(folder / "2")
+    monkeypatch.setattr(checkpoint, "_read_all", refuse)
+    assert_left_alone(
+        folder, r"cannot be read, and is left as it is: .*2/params: permission denied"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("item", ["params", "opt_state", "progress", "metrics"])
+def test_a_file_without_permission_is_left_alone(tmp_path: Path, item: str) -> None:
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: 0.5, 2: 0.6})
+    data_file(folder / "2" / item).chmod(0)
+    with (
+        pytest.raises(UserError, match=r"[Pp]ermission denied"),
+        Checkpoints(folder) as checkpoints,
+    ):
+        checkpoints.restore_newest(*ABSTRACT)
+    assert not (tmp_path / "checkpoints.damaged").exists()
+
+
+def test_where_not_even_a_fresh_checkpoint_restores_none_is_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: 0.5, 2: 0.6})
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("this machine has lost its mind")
+
+    truncate(folder / "2")
+    monkeypatch.setattr(checkpoint, "_round_trip", fail)
+    assert_left_alone(folder, "cannot be restored on this machine, nor can a fresh one")
+
+
+def test_a_fresh_checkpoint_does_restore_here() -> None:
+    checkpoint._round_trip({"params": ABSTRACT[0], "opt_state": ABSTRACT[1]})
 
 
 def test_flipped_bytes_do_restore_without_our_digest(tmp_path: Path) -> None:

@@ -117,3 +117,10 @@ def test_the_last_seed_must_be_one_too(config: ConfigDict) -> None:
     config.num_seeds = 3
     with pytest.raises(UserError, match="low enough for all seeds"):
         config_lib.validated(config)
+
+
+def test_none_may_be_said_on_a_command_line() -> None:
+    config = importlib.import_module("configs.default").get_config()
+    for said in ("None", "", None):
+        config.data.data_dir = said
+        assert config_lib.validated(config).data.data_dir is None

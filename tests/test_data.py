@@ -2,6 +2,7 @@ import gzip
 import multiprocessing
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,33 @@ def test_prepared_sets_hold_every_image_with_its_label(tmp_path: Path) -> None:
         "fashion_mnist", split="test", data_dir=str(tmp_path / "tfds"), download=False
     )
     assert len(source) == TEST_SIZE and source[0]["image"].shape == (16, 16, 1)
+
+
+def test_preparing_leaves_nothing_behind_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_idx_folder(tmp_path / "idx")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    load_splits("fashion_mnist", {"a": "test"}, str(tmp_path / "tfds"), str(folder))
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_programs_that_fetch_a_set_are_given_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_idx_folder(tmp_path / "idx")
+
+    def fetched(scratch: Path) -> Path:
+        # They run in another current folder.
+        assert scratch.is_absolute()
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fetch, "fetch_fashion_mnist", fetched)
+    loaded, _ = load_splits("fashion_mnist", {"a": "test"}, "relative/tfds")
+    assert len(loaded["a"]) == TEST_SIZE
+    assert (tmp_path / "relative" / "tfds" / "fashion_mnist").is_dir()
 
 
 def _prepare(data_dir: Path, source: Path) -> None:

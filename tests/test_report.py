@@ -12,7 +12,7 @@ import pytest
 from conftest import CLASSES
 from PIL import Image
 
-from tinyvgg_jax.evaluate import Evaluated, evaluate_checkpoint, write_evaluation
+from tinyvgg_jax.evaluate import Evaluated, evaluate_checkpoint, evaluation_content
 from tinyvgg_jax.report import page, plots, write_report
 
 Trained = tuple[Path, dict[str, Any]]
@@ -60,7 +60,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_by_itself(run: Path, evaluated: Evaluated, trained: Trained) -> None:
-    content = write_evaluation(evaluated)
+    content = evaluation_content(evaluated)
     path = write_report(evaluated, content)
     assert path == run / "evaluation" / "report.html"
     parsed = _Page()
@@ -80,7 +80,7 @@ def test_the_page_is_whole_and_by_itself(run: Path, evaluated: Evaluated, traine
 
 
 def test_the_pictures_are_beside_it(run: Path, evaluated: Evaluated) -> None:
-    write_report(evaluated, write_evaluation(evaluated))
+    write_report(evaluated, evaluation_content(evaluated))
     names = ["calibration", "confusion_matrix", "learning_curves", "right", "wrong"]
     assert sorted(p.stem for p in (run / "evaluation" / "test").iterdir()) == names
     for path in (run / "evaluation" / "test").iterdir():
@@ -108,7 +108,7 @@ def test_papers_figures_stand_beside_those_of_its_dataset(run: Path, evaluated: 
     summary = json.loads(before)
     try:
         (run / "summary.json").write_text(json.dumps(summary | {"dataset": "fashion_mnist"}))
-        text = write_report(evaluated, write_evaluation(evaluated)).read_text()
+        text = write_report(evaluated, evaluation_content(evaluated)).read_text()
     finally:
         (run / "summary.json").write_text(before)
     assert all(f"the paper: {value}%" in text for value in (90.3, 89.7, 89.5))
@@ -125,7 +125,7 @@ def test_a_run_that_is_not_finished_has_a_report_of_what_there_is(
         (unfinished / "summary.json").write_text(summary)
     (unfinished / "metrics.jsonl").write_text("{damaged\n")
     evaluated = evaluate_checkpoint(unfinished)
-    text = write_report(evaluated, write_evaluation(evaluated)).read_text()
+    text = write_report(evaluated, evaluation_content(evaluated)).read_text()
     assert "How it learned" not in text
     assert text.count('class="card"') == 1
 

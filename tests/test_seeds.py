@@ -174,17 +174,20 @@ def test_all_are_evaluated_and_their_ensemble(
 ) -> None:
     config.num_seeds, config.num_epochs, config.learning_rate = 2, 1, 0.01
     train_and_evaluate(config, tmp_path)
-    content = evaluate_seeds(tmp_path, "validation", flip_averaging=True)
+    content = evaluate_seeds(tmp_path, "validation", flip_averaging=True)[tmp_path]
     split = load_splits("bars", {"v": "train[250:]"}, str(data_dir))[0]["v"]
     each = [evaluate(*restore(tmp_path / f"seed_{seed}", "latest"), split) for seed in (0, 1)]
     assert content["seeds"]["accuracy"]["values"] == [one.accuracy for one in each]
     mean = (each[0].probabilities + each[1].probabilities) / 2
     right = mean.argmax(axis=1) == split.labels
     assert content["ensemble"]["accuracy"] == right.mean()
+    assert not (tmp_path / "evaluation").exists()
+    done = command_line(
+        "--mode=eval", f"--workdir={tmp_path}", "--split=validation", "--flip_averaging"
+    )
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "evaluation" / "validation.json").read_text()) == content
     assert (tmp_path / "seed_1" / "evaluation" / "validation.json").exists()
-    done = command_line("--mode=eval", f"--workdir={tmp_path}", "--split=validation")
-    assert done.returncode == 0, done.stderr
     assert "validation accuracy of their ensemble" in done.stdout
     assert "n = 2" in done.stdout
 

@@ -46,7 +46,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except AttributeError as error:
+        # Python would take it for "there is no such name here".
+        raise ImportError(f"{_HOME[name]} cannot be imported: {error}") from error
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ from tinyvgg_jax.data import Split
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.evaluate import Evaluated, evaluate_checkpoint
 from tinyvgg_jax.metrics import McNemar, accuracy_interval, mcnemar
+from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.runs import run_config
 
 # Up to so many runs the table has a line for each pair of them.
@@ -100,7 +101,7 @@ def compare_runs(
     runs: list[ComparedRun] = []
     first: Split | None = None
     for workdir in workdirs:
-        folder = Path(workdir).expanduser()
+        folder = local_path(workdir)
         evaluated = [
             evaluate_checkpoint(one, split, step, data_dir, source_dir)
             for one in seeds.folders(folder, run_config(folder))
@@ -128,7 +129,7 @@ def _compared(workdir: str | Path, evaluated: list[Evaluated]) -> ComparedRun:
         statistics["mean"],
         (interval[0], interval[1]),
         evaluated[0].parameters,
-        _seconds(Path(workdir).expanduser()),
+        _seconds(local_path(workdir)),
         accuracies,
         result.predicted == evaluated[0].data.labels,
     )
@@ -149,7 +150,7 @@ def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
 
 def _seconds(workdir: Path) -> float | None:
     try:
-        return float(json.loads((workdir / "summary.json").read_text())["seconds"])
+        return float(json.loads((workdir / "summary.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -237,7 +238,7 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         UserError: if that cannot be written.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     content: dict[str, Any] = {
         "split": comparison.split,
         "runs": [
@@ -253,7 +254,9 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_comparison(comparison).savefig(path, format="png", dpi=120)
-        path.with_name(f"{path.name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        path.with_name(f"{path.name}.json").write_text(
+            json.dumps(content, indent=2) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
     return path

@@ -127,7 +127,7 @@ def from_file(path: Path) -> ConfigDict:
         UserError: if there is none, or it is not a valid config.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} holds no run: there is no {path.name} in it.") from None
     except (OSError, ValueError) as error:
@@ -158,6 +158,9 @@ def _of_type(name: str, value: Any, kind: Any) -> Any:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
+    if value in ("None", "") and kind == (str, type(None)):
+        # This is how None is said on a command line.
+        value = None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)

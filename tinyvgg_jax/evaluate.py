@@ -26,6 +26,7 @@ from tinyvgg_jax.data import (
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.metrics import calibration, confusion_matrix, precision_recall_f1
 from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.runs import restore_checkpoint, run_config, run_info, single_run_config
 from tinyvgg_jax.step import to_float
 
@@ -211,7 +212,7 @@ def evaluate_checkpoint(
 ) -> Evaluated:
     """Evaluates a checkpoint of a run and writes nothing; see `evaluate_run`."""
     check_split(split)
-    workdir = Path(workdir).expanduser()
+    workdir = local_path(workdir)
     config = single_run_config(workdir)
     model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
     splits, info = load_splits(
@@ -251,28 +252,26 @@ def evaluate_run(
         flip_averaging: whether to find also the accuracy of the mean of both views of an image.
 
     Returns:
-        What was written; see `write_evaluation`.
+        What was written; see `evaluation_content`.
 
     Raises:
         UserError: if there is no such run, checkpoint or split.
     """
-    return write_evaluation(
-        evaluate_checkpoint(workdir, split, step, data_dir, source_dir, flip_averaging)
-    )
+    evaluated = evaluate_checkpoint(workdir, split, step, data_dir, source_dir, flip_averaging)
+    content = evaluation_content(evaluated)
+    write_evaluation(evaluated.workdir, split, content)
+    return content
 
 
-def write_evaluation(evaluated: Evaluated) -> dict[str, Any]:
-    """Writes `evaluation/SPLIT.json` into the run's folder.
+def evaluation_content(evaluated: Evaluated) -> dict[str, Any]:
+    """Makes the content of `evaluation/SPLIT.json`.
 
     Returns:
-        What was written: `accuracy`, `loss`, `count`, `correct`, `step`,
+        `accuracy`, `loss`, `count`, `correct`, `step`,
         `expected_calibration_error`, `confusion` (`[num_classes][num_classes]` counts, a row for
         each true class), and `per_class`, a list of `class`, `accuracy`, `count`, `correct`,
         `precision`, `recall` and `f1`. Accuracies and the like are fractions. Where mirrored
         images were evaluated too, `flip_averaged_accuracy`.
-
-    Raises:
-        UserError: if that cannot be written.
     """
     result, names = evaluated.result, evaluated.info.class_names
     confusion = confusion_matrix(evaluated.data.labels, result.predicted, len(names))
@@ -302,15 +301,21 @@ def write_evaluation(evaluated: Evaluated) -> dict[str, Any]:
     }
     if evaluated.flipped is not None:
         content["flip_averaged_accuracy"] = evaluated.flip_averaged_accuracy
-    _write(evaluated.workdir, evaluated.split, content)
     return content
 
 
-def _write(workdir: Path, split: str, content: dict[str, Any]) -> None:
+def write_evaluation(workdir: Path, split: str, content: dict[str, Any]) -> None:
+    """Writes `evaluation/SPLIT.json` into a run's folder.
+
+    Raises:
+        UserError: if that cannot be written.
+    """
     folder = workdir / "evaluation"
     try:
         folder.mkdir(exist_ok=True)
-        (folder / f"{split}.json").write_text(json.dumps(content, indent=2) + "\n")
+        (folder / f"{split}.json").write_text(
+            json.dumps(content, indent=2) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}.") from error
 
@@ -322,34 +327,37 @@ def evaluate_seeds(
     data_dir: str | None = None,
     source_dir: str | None = None,
     flip_averaging: bool = False,
-) -> dict[str, Any]:
-    """Evaluates all runs of a run of several seeds, and their ensemble.
+) -> dict[Path, dict[str, Any]]:
+    """Evaluates all runs of a run of several seeds, and their ensemble, and writes nothing.
 
-    Args and errors are those of `evaluate_run`, which writes the file of each of them.
+    Args and errors are those of `evaluate_run`.
 
     Returns:
-        What was written to `evaluation/SPLIT.json`: `accuracy` and `loss` (means), `seeds` (of
-        both, and where asked for of `flip_averaged_accuracy`, as in `seeds.statistics_of`), and
-        `ensemble`: `accuracy`, `correct` and `count` of the mean of the runs' probabilities.
+        For the folder of each seed its `evaluation_content`; and for `workdir` `accuracy` and
+        `loss` (means), `seeds` (of both, and where asked for of `flip_averaged_accuracy`, as in
+        `seeds.statistics_of`), and `ensemble`: `accuracy`, `correct` and `count` of the mean of
+        the runs' probabilities.
     """
     check_split(split)
-    workdir = Path(workdir).expanduser()
-    contents, total = [], None
+    workdir = local_path(workdir)
+    contents: dict[Path, dict[str, Any]] = {}
+    total = None
     for folder in seeds.folders(workdir, run_config(workdir)):
         evaluated = evaluate_checkpoint(folder, split, step, data_dir, source_dir, flip_averaging)
-        contents.append(write_evaluation(evaluated))
+        contents[folder] = evaluation_content(evaluated)
         probabilities = evaluated.result.probabilities
         total = probabilities if total is None else total + probabilities
     assert total is not None
     correct = int((total.argmax(axis=1) == evaluated.data.labels).sum())
     count = evaluated.result.count
     measured = ("accuracy", "loss") + ("flip_averaged_accuracy",) * flip_averaging
-    found = {name: seeds.statistics_of([one[name] for one in contents]) for name in measured}
-    content = {
+    found = {
+        name: seeds.statistics_of([one[name] for one in contents.values()]) for name in measured
+    }
+    contents[workdir] = {
         "accuracy": found["accuracy"]["mean"],
         "loss": found["loss"]["mean"],
         "seeds": found,
         "ensemble": {"accuracy": correct / count, "correct": correct, "count": count},
     }
-    _write(workdir, split, content)
-    return content
+    return contents

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import load_picture
 from tinyvgg_jax.pooling import max_pool_2x2
 from tinyvgg_jax.predict import Predictor, load_predictor
@@ -111,11 +112,11 @@ def explain_file(
     Raises:
         UserError: if there is no such run or picture, or the file cannot be written.
     """
-    workdir, path = Path(workdir).expanduser(), Path(path).expanduser()
+    workdir, path = local_path(workdir), local_path(path)
     predictor = load_predictor(workdir, step)
     picture = load_picture(path, predictor.image_shape, invert)
     explanation = explain(predictor, picture.pixels)
-    target = Path(output).expanduser() if output else workdir / "explain" / f"{path.stem}.png"
+    target = local_path(output) if output else workdir / "explain" / f"{path.stem}.png"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         figure = draw(explanation, predictor.class_names)

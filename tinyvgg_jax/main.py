@@ -17,6 +17,7 @@ from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import reporting
 from tinyvgg_jax.cache import keep_compiled_programs
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
+from tinyvgg_jax.paths import local_path
 
 MODES = ("train", "eval", "predict", "explain", "compare", "prepare")
 # Modes that take files or folders, and what these are.
@@ -43,9 +44,14 @@ Only prepare the dataset, say before going offline:
 Every field is explained in configs/default.py.
 """
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="The config file.", lock_config=True
-)
+try:
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", help_string="The config file.", lock_config=True
+    )
+except flags.Error as error:
+    # Defining it reads the command line already, with the files that --flagfile names.
+    print(f"tinyvgg_jax: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
+    sys.exit(2)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/NAME-OF-CONFIG.")
 _MODE = flags.DEFINE_string("mode", "train", "One of: " + ", ".join(MODES) + ".")
 _SPLIT = flags.DEFINE_string("split", "test", "Train, validation or test.")
@@ -74,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
+    # A notebook names a backend of its own, which is not there outside of it. Nothing is shown in
+    # a window here.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         paths = _parse(argv)
         if _MODE.value in _WITH_PATHS:
@@ -86,11 +95,6 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 1)
     except InterruptedRunError as error:
         return _fail(error, 128 + error.signal_number)
-    except RuntimeError as error:
-        # Of any path that begins like ~somebody.
-        if "home directory" not in str(error):
-            raise
-        return _fail(f"a path begins with ~ and the name of nobody here: {error}", 2)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing that was saved is lost.", 130)
     except BrokenPipeError:
@@ -162,7 +166,7 @@ def _origin(error: BaseException) -> str:
 
 def _workdir() -> Path:
     if _WORKDIR.value:
-        return Path(_WORKDIR.value)
+        return local_path(_WORKDIR.value)
     return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
 
 
@@ -170,6 +174,22 @@ def _config() -> ConfigDict:
     if _CONFIG.value is None:
         raise UserError("pass a config file, like --config configs/default.py.")
     return config_lib.validated(_CONFIG.value)
+
+
+def _start_jax() -> None:
+    """Makes JAX find its devices, which it would do wherever the first array is made."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:
+        # A platform that is not installed is a failed assertion within JAX.
+        wanted = os.environ.get("JAX_PLATFORMS", "any platform")
+        raise UserError(
+            f"JAX finds no device of {wanted}, as JAX_PLATFORMS asks. Leave it unset, or install "
+            f"what belongs to that platform, like tinyvgg-jax[cuda]. {str(error).strip()}"
+        ) from error
+    keep_compiled_programs()
 
 
 # The modes import what they need themselves: a mistyped flag is answered at once.
@@ -189,15 +209,15 @@ def _train() -> None:
     config, workdir = _config(), _workdir()
     from tinyvgg_jax.train import train_and_evaluate
 
-    keep_compiled_programs()
+    _start_jax()
     summary = train_and_evaluate(config, workdir)
     print(reporting.summary_table(summary, workdir))
 
 
-def _run() -> str:
+def _run() -> Path:
     if _WORKDIR.value is None:
         raise UserError(f"--mode {_MODE.value} needs --workdir, the folder of a run.")
-    return _WORKDIR.value
+    return local_path(_WORKDIR.value)
 
 
 def _step(default: str) -> int | str:
@@ -224,15 +244,21 @@ def _evaluate() -> None:
     from tinyvgg_jax import evaluate as lib
     from tinyvgg_jax.runs import run_config
 
-    keep_compiled_programs()
-    lib.check_split(_SPLIT.value)
-    arguments = (workdir, _SPLIT.value, step, *_where_data_is(), _FLIP_AVERAGING.value)
-    if run_config(Path(workdir).expanduser()).num_seeds > 1:
-        print(reporting.seeds_table(lib.evaluate_seeds(*arguments), _SPLIT.value))
+    _start_jax()
+    split = _SPLIT.value
+    lib.check_split(split)
+    arguments = (workdir, split, step, *_where_data_is(), _FLIP_AVERAGING.value)
+    # Printed before it is written: a run may lie where nothing can be written.
+    if run_config(workdir).num_seeds > 1:
+        contents = lib.evaluate_seeds(*arguments)
+        print(reporting.seeds_table(contents[workdir], split), flush=True)
+        for folder, content in contents.items():
+            lib.write_evaluation(folder, split, content)
         return
     evaluated = lib.evaluate_checkpoint(*arguments)
-    content = lib.write_evaluation(evaluated)
-    print(reporting.evaluation_table(content, _SPLIT.value))
+    content = lib.evaluation_content(evaluated)
+    print(reporting.evaluation_table(content, split), flush=True)
+    lib.write_evaluation(workdir, split, content)
     from tinyvgg_jax.report import write_report
 
     print(f"report: {write_report(evaluated, content)}")
@@ -242,7 +268,7 @@ def _predict(paths: list[str]) -> int:
     workdir, step, invert = _run(), _step("best"), _invert()
     from tinyvgg_jax.predict import load_predictor, predict_files
 
-    keep_compiled_programs()
+    _start_jax()
     # A file's name may be anything.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     predictor = load_predictor(workdir, step)
@@ -264,7 +290,7 @@ def _explain(paths: list[str]) -> int:
         raise UserError(f"--mode explain takes one picture, not {len(paths)}.")
     from tinyvgg_jax.explain import explain_file
 
-    keep_compiled_programs()
+    _start_jax()
     print(explain_file(workdir, paths[0], _OUTPUT.value, invert, step))
     return 0
 
@@ -273,7 +299,7 @@ def _compare(paths: list[str]) -> int:
     step = _step("latest")
     from tinyvgg_jax.compare import compare_runs, comparison_table, write_comparison
 
-    keep_compiled_programs()
+    _start_jax()
     comparison = compare_runs(paths, _SPLIT.value, step, *_where_data_is())
     print(comparison_table(comparison))
     print(f"plot: {write_comparison(comparison, _OUTPUT.value or 'comparison.png')}")

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.paths import local_path
 
 INVERT = ("auto", "yes", "no")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -226,6 +227,6 @@ def find_all(paths: Iterable[str | Path]) -> Iterator[Path | UserError]:
     """The files of several paths, in order; for a path without any, what is wrong with it."""
     for path in paths:
         try:
-            yield from find_files(Path(path).expanduser())
+            yield from find_files(local_path(path))
         except UserError as error:
             yield error

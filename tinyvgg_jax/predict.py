@@ -20,6 +20,7 @@ from PIL import Image
 
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import Picture, find_all, load_picture
 from tinyvgg_jax.runs import restore, run_info
 from tinyvgg_jax.step import to_float
@@ -147,7 +148,7 @@ def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:
         UserError: as `restore`.
     """
     model, params = restore(workdir, step)
-    info = run_info(Path(workdir).expanduser())
+    info = run_info(local_path(workdir))
     return Predictor(model, params, info.image_shape, info.class_names)
 
 

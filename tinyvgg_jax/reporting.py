@@ -88,7 +88,7 @@ def write_history(path: Path, history: list[dict[str, Any]]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file, so that a reader and a crash see the old or the new one, whole."""
     scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 

@@ -14,6 +14,7 @@ from tinyvgg_jax.checkpoint import Checkpoints, Restored
 from tinyvgg_jax.data import DatasetInfo
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.paths import local_path
 
 
 def build_model(config: ConfigDict, info: DatasetInfo) -> TinyVGG:
@@ -61,7 +62,7 @@ def restore(workdir: str | Path, step: int | str = "best") -> tuple[TinyVGG, Any
     Raises:
         UserError: if there is no run, no such checkpoint, or it is damaged.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = local_path(workdir)
     config = single_run_config(workdir)
     model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
     return model, restored.params
@@ -86,7 +87,7 @@ def single_run_config(workdir: Path) -> ConfigDict:
 def run_info(workdir: Path) -> DatasetInfo:
     """What the run in a folder knew of its dataset."""
     try:
-        content = json.loads((workdir / "dataset.json").read_text())
+        content = json.loads((workdir / "dataset.json").read_text(encoding="utf-8"))
         height, width, channels = (operator.index(n) for n in content["image_shape"])
         return DatasetInfo((height, width, channels), tuple(content["class_names"]))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -134,7 +134,8 @@ def make_train_step(
         )
         average = state.average
         if ema_decay:
-            decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
+            # Without float32, the average would be float64 where JAX_ENABLE_X64 is set.
+            decay = jnp.minimum(ema_decay, (1 + step) / jnp.float32(10 + step))
             average = optax.incremental_update(params, average, 1 - decay)
         return TrainState(step, params, opt_state, average), metrics
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import importlib.metadata
@@ -31,6 +32,7 @@ from tinyvgg_jax.evaluate import SPLITS, evaluate
 from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
+from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pipeline import DevicePipeline, Keys, StreamPipeline
 from tinyvgg_jax.profiling import Profile
 from tinyvgg_jax.runs import build_model
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 _SUMMARY_KEYS = {"dataset", "step", "parameters", "seconds", "device", "versions"} | {
     f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")
 }
+# How file systems, mostly of networks, say that they have no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
@@ -134,8 +138,12 @@ def train_and_evaluate(
         DivergedError: if the loss is no longer finite. The last checkpoint is kept.
         InterruptedRunError: on SIGINT or SIGTERM, after saving. Calling again goes on from there.
     """
-    config = config_lib.validated(config)
-    workdir = Path(workdir).expanduser().absolute()
+    # A run is float32, or bfloat16, by its config, whatever JAX_ENABLE_X64 says of new arrays.
+    with jax.enable_x64(False):
+        return _train_and_evaluate(config_lib.validated(config), local_path(workdir).absolute())
+
+
+def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.num_seeds == 1:
         return _train_alone(config, workdir)
     _refuse_another_run(workdir, config)
@@ -243,6 +251,15 @@ def _alone_in(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training in {workdir}.") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "The file system of %s has no locks (%s), so nothing keeps a second process from "
+                "training there too.",
+                workdir,
+                error.strerror,
+            )
         yield
 
 
@@ -539,7 +556,7 @@ def _finish(run: _Run, position: _Position) -> dict[str, Any]:
     path = run.workdir / "summary.json"
     step = int(position.state.step)
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        summary: dict[str, Any] = json.loads(path.read_text())
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if summary.keys() >= _SUMMARY_KEYS and summary["step"] == step:
             logger.info("This run is finished already.")
             return summary

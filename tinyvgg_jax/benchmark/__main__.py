@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         entry = _entry(case, results)
         report["cases"].append(entry)
         print("\n" + _table(entry, results), flush=True)
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

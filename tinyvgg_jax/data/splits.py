@@ -14,6 +14,7 @@ import numpy as np
 
 from tinyvgg_jax.cache import cache_dir
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,16 @@ def load_splits(
     """
     import tensorflow_datasets as tfds
 
-    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    builder = _find_builder(name, folder, Path(source_dir).expanduser() if source_dir else None)
+    try:
+        # Some of the programs that prepare a set run in another current folder.
+        folder = local_path(data_dir or tfds.core.constants.DATA_DIR).absolute()
+    except UserError:
+        if data_dir:
+            raise
+        raise UserError(
+            "this user has no home folder to keep datasets in; pass --config.data.data_dir=FOLDER."
+        ) from None
+    builder = _find_builder(name, folder, local_path(source_dir).absolute() if source_dir else None)
     info = _describe(builder)
     decoded: dict[str, Split] = {}
     loaded = {}
@@ -177,9 +186,10 @@ def _concatenate(splits: list[Split]) -> Split:
 
 def _decoded(builder: Any, split: str, info: DatasetInfo) -> Split:
     """The whole split, from the cache if it is there."""
-    folder = cache_dir() / "decoded" / f"{builder.name}-{split}-{_fingerprint(builder)}"
+    root = cache_dir()
+    folder = root and root / "decoded" / f"{builder.name}-{split}-{_fingerprint(builder)}"
     shape = (builder.info.splits[split].num_examples, *info.image_shape)
-    stored = _load(folder, shape)
+    stored = None if folder is None else _load(folder, shape)
     if stored is not None:
         return stored
     try:
@@ -189,6 +199,8 @@ def _decoded(builder: Any, split: str, info: DatasetInfo) -> Split:
         raise UserError(
             f"{builder.data_path} is damaged ({str(error).strip()}). Remove it and run again."
         ) from error
+    if folder is None:
+        return Split(images, labels)
     try:
         _store(folder, images, labels)
     except OSError as error:

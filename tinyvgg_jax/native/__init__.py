@@ -115,8 +115,9 @@ def _load() -> ctypes.CDLL:
     """The shared library, from the cache or compiled."""
     compiler = _compiler()
     name = f"{hashlib.sha256(repr(_identity(compiler)).encode()).hexdigest()[:16]}.so"
-    kept = cache_dir() / "native" / name
-    if kept.exists():
+    root = cache_dir()
+    kept = None if root is None else root / "native" / name
+    if kept is not None and kept.exists():
         try:
             return ctypes.CDLL(os.fspath(kept))
         except OSError:  # It is damaged.
@@ -125,6 +126,8 @@ def _load() -> ctypes.CDLL:
         library = Path(scratch) / name
         _compile(compiler, library)
         loaded = ctypes.CDLL(os.fspath(library))
+        if kept is None:
+            return loaded
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             partial = kept.with_suffix(f".{os.getpid()}")
@@ -146,13 +149,13 @@ def _compiler() -> str:
 def _identity(compiler: str) -> list[str]:
     """All that the compiled code depends on, the features of this processor among it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         features = platform.processor()
     stat = Path(compiler).stat()
     return [
-        _SOURCE.read_text(),
+        _SOURCE.read_text(encoding="utf-8"),
         *_FLAGS,
         compiler,
         str(stat.st_mtime_ns),

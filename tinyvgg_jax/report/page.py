@@ -20,7 +20,7 @@ from tinyvgg_jax.report import plots
 from tinyvgg_jax.reporting import PAPER, write_atomically
 
 _WRONG, _RIGHT = 24, 24
-_PAGE = Template((Path(__file__).parent / "page.html").read_text())
+_PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
 def write_report(evaluated: Evaluated, content: dict[str, Any]) -> Path:
@@ -30,7 +30,7 @@ def write_report(evaluated: Evaluated, content: dict[str, Any]) -> Path:
 
     Args:
         evaluated: the evaluation.
-        content: what `write_evaluation` made of it.
+        content: its `evaluation_content`.
 
     Returns:
         The page.
@@ -75,7 +75,7 @@ def _drawings(evaluated: Evaluated, content: dict[str, Any]) -> dict[str, Drawin
 def _history(workdir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none if it is missing or damaged, which is not worth failing."""
     try:
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         history = [json.loads(line) for line in lines]
         for record in history:
             for key in ("epoch", "train_loss", "train_accuracy"):
@@ -88,7 +88,7 @@ def _history(workdir: Path) -> list[dict[str, Any]]:
 def _summary(workdir: Path) -> dict[str, Any]:
     """summary.json; empty if the run is not finished, or it is damaged."""
     try:
-        content: dict[str, Any] = json.loads((workdir / "summary.json").read_text())
+        content: dict[str, Any] = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
         for key in ("seconds", *(f"{split}_accuracy" for split in PAPER)):
             content[key] = float(content[key])
         dict(content["versions"])
@@ -161,7 +161,8 @@ def _page(
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    # A file's name may hold bytes that are no text.
+    return html.escape(str(value).encode(errors="replace").decode())
 
 
 def _facts(evaluated: Evaluated) -> str:

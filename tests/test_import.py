@@ -1,0 +1,31 @@
+"""The names of the package, imported on first use."""
+
+import sys
+import types
+
+import pytest
+
+import tinyvgg_jax
+
+
+def test_every_public_name_is_there() -> None:
+    for name in tinyvgg_jax.__all__:
+        assert getattr(tinyvgg_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'TinyVgg'"):
+        tinyvgg_jax.TinyVgg  # noqa: B018
+
+
+def test_a_dependencys_fault_is_not_taken_for_a_missing_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(f"module 'flax' has no attribute {name!r}")
+
+    # What an old version of a library looks like: there, but without what is new.
+    monkeypatch.setitem(sys.modules, "flax.linen", Broken("flax.linen"))
+    monkeypatch.setitem(sys.modules, "flax", types.ModuleType("flax"))
+    monkeypatch.setattr(sys.modules["flax"], "linen", sys.modules["flax.linen"], raising=False)
+    monkeypatch.delitem(sys.modules, "tinyvgg_jax.model", raising=False)
+    with pytest.raises(ImportError, match=r"tinyvgg_jax.model cannot be imported: .*'flax'"):
+        from tinyvgg_jax import TinyVGG  # noqa: F401
