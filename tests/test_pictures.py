@@ -1,3 +1,4 @@
+import itertools
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tinyvgg_jax import UserError
-from tinyvgg_jax.pictures import find_files, load_picture, normalise
+from tinyvgg_jax.pictures import find_files, load_picture, normalise, suffixes
 
 FOLDER = Path(__file__).parent / "pictures"
 SHAPE = (28, 28, 1)
@@ -149,6 +150,60 @@ def test_folders_are_searched_for_pictures(tmp_path: Path) -> None:
         "sub folder/c.webp",
     ]
     assert find_files(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+
+
+def test_a_picture_of_any_format_that_pillow_reads_is_found(tmp_path: Path) -> None:
+    pixels = np.full((40, 60, 3), 240, np.uint8)
+    pixels[10:30, 20:50] = 30
+    image = Image.fromarray(pixels)
+    suffixes_by_format = {
+        "JPEG": (".jpe", ".jfif", ".JPG"),
+        "JPEG2000": (".jp2", ".j2k"),
+        "TIFF": (".tif", ".tiff"),
+        "PPM": (".ppm", ".pgm", ".pnm"),
+        **{name: (f".{name.lower()}",) for name in ("MPO", "AVIF", "TGA", "ICO", "DIB", "PCX")},
+    }
+    Image.init()
+    # An old Pillow does not know all of them.
+    kinds = [kinds for name, kinds in suffixes_by_format.items() if name in Image.SAVE]
+    written = list(itertools.chain(*kinds))
+    for suffix in written:
+        image.save(tmp_path / f"picture{suffix}")
+    found = find_files(tmp_path)
+    assert sorted(path.suffix for path in found) == sorted(written)
+    for path in found:
+        assert load_picture(path, SHAPE).pixels.max() > 200, path.name
+    # Of these it reads nothing, or leaves them to another program.
+    assert not suffixes() & {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".wmf", ".emf", ".grib"}
+
+
+def test_how_many_files_are_no_pictures_is_logged_in_a_line_a_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "two\nlines"
+    for name in (
+        "a.png",
+        "b.HEIC",
+        "c.heic",
+        "in/Makefile",
+        ".hidden",
+        ".d/x.txt",
+        "nothing.txt/e.png",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).touch()
+    (folder / "link.txt").symlink_to(tmp_path)
+    assert [path.name for path in find_files(folder)] == ["a.png", "e.png"]
+    said = "3 files are no pictures and were skipped (.heic, Makefile)."
+    assert caplog.messages == [f"tinyvgg_jax: {tmp_path}/two lines: {said}"]
+    caplog.clear()
+    (folder / "only").mkdir()
+    (folder / "only/story.txt").touch()
+    with pytest.raises(UserError, match=r"no picture in this folder; 1 file is no picture and was"):
+        find_files(folder / "only")
+    (folder / "only/story.txt").rename(folder / "only/story.jpg")
+    find_files(folder / "only")
+    assert not caplog.messages
 
 
 def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Picture files to arrays like the dataset's: a light garment on black, trimmed, in the centre."""
 
+import collections
+import functools
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,8 +12,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyvgg_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 INVERT = ("auto", "yes", "no")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+# Formats whose pixels Pillow does not read itself: of the first four it knows only the head, WMF is
+# drawn by Windows, and EPS is a program, which Ghostscript would run.
+_UNREAD = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 # Refused beyond this: it takes up to 12 bytes a pixel. A phone's photo has 12 to 50 million.
 _MAX_PIXELS = 100_000_000
 # Fewer pixels on the longer side show nothing that could be told apart.
@@ -34,8 +41,20 @@ class Picture(NamedTuple):
     inverted: bool
 
 
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Lists the suffixes, like `.jpg`, of the picture files that the installed Pillow can read."""
+    # This fills `Image.OPEN` too.
+    formats = Image.registered_extensions()
+    # An MPO is several JPEGs in a file, which Pillow opens as JPEG.
+    readable = {*Image.OPEN, "MPO"} - _UNREAD
+    return frozenset(suffix for suffix, name in formats.items() if name in readable)
+
+
 def find_files(path: Path) -> list[Path]:
-    """A file is itself; a folder is the pictures in it and in its subfolders, by name.
+    """Finds the pictures in a folder and in its subfolders, by name; a file is itself.
+
+    It logs in a line how many other files the folder holds.
 
     Raises:
         UserError: if there is nothing, or it may not be read.
@@ -45,23 +64,42 @@ def find_files(path: Path) -> list[Path]:
             # Whether it can be read is found out when it is.
             path.stat()
             return [path]
-        found = sorted(_walk(path))
+        files = sorted(_walk(path))
+        pictures = [file for file in files if _is_picture(file)]
+        skipped = _skipped([file for file in files if not _is_picture(file) and file.is_file()])
     except OSError as error:
         where = error.filename or path
         raise UserError(f"{where}: {(error.strerror or str(error)).lower()}.") from error
-    if not found:
-        raise UserError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)}).")
-    return found
+    if not pictures:
+        raise UserError(f"{path}: no picture in this folder{skipped and '; ' + skipped}.")
+    if skipped:
+        # It stands among what the command line says of files that cannot be read, and looks alike.
+        logger.warning("tinyvgg_jax: %s", " ".join(f"{path}: {skipped}.".split()))
+    return pictures
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in suffixes()
 
 
 def _walk(folder: Path) -> Iterator[Path]:
+    """All files that are not hidden."""
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
         if path.is_dir() and not path.is_symlink():
             yield from _walk(path)
-        elif path.suffix.lower() in SUFFIXES:
+        else:
             yield path
+
+
+def _skipped(files: list[Path]) -> str:
+    """Says how many files are no pictures, and of what kinds most are; of no files, nothing."""
+    kinds = collections.Counter(file.suffix.lower() or file.name for file in files)
+    named = ", ".join(kind for kind, _ in kinds.most_common(5)) + ", ..." * (len(kinds) > 5)
+    if len(files) < 2:
+        return f"1 file is no picture and was skipped ({named})" if files else ""
+    return f"{len(files):,} files are no pictures and were skipped ({named})"
 
 
 def load_picture(
@@ -73,7 +111,7 @@ def load_picture(
     what is transparent becomes a background that the rest stands out from.
 
     Args:
-        path: PNG, JPEG, WebP, GIF, BMP, or what else Pillow reads; any size, colour or grey.
+        path: PNG, JPEG, WebP, TIFF, or what else Pillow reads; any size, colour or grey.
         image_shape: `(H, W, C)` of the network's images, C being 1 or 3.
         invert: "auto", "yes" or "no", see `normalise`.
 
