@@ -113,6 +113,41 @@ def test_the_networks_own_size_is_left_as_it_is() -> None:
     assert picture.inverted
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["I;16", "I;16B", "I", "F"])
+def test_a_picture_may_use_only_some_of_its_bits(bits: int, kind: str, tmp_path: Path) -> None:
+    grey = np.full((90, 70), 0.9)
+    grey[30:80, 20:40] = 0.1
+    dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4", "F": "<f4"}[kind]
+    Image.fromarray((grey * (2**bits - 1)).astype(dtype)).save(tmp_path / "picture.tif")
+    picture = load_picture(tmp_path / "picture.tif", SHAPE)
+    assert picture.inverted
+    assert (np.abs(picture.pixels[1:-1, 9:18].astype(int) - 227) < 4).all()
+    assert (picture.pixels[:, [0, 1, 2, -3, -2, -1]] == 0).all()
+
+
+def test_floating_values_may_go_slightly_beyond_one(tmp_path: Path) -> None:
+    # So they do after a picture has been resized with overshoot.
+    grey = np.full((90, 70), 1.04, np.float32)
+    grey[30:80, 20:40] = -0.04
+    Image.fromarray(grey).save(tmp_path / "picture.tif")
+    assert (load_picture(tmp_path / "picture.tif", SHAPE).pixels[1:-1, 9:18] > 250).all()
+
+
+@pytest.mark.parametrize("name", ["8 bits.tif", "16 bits.tif", "16 bits.png"])
+def test_orientation_is_applied_to_pictures_of_any_depth(name: str, tmp_path: Path) -> None:
+    lying = np.full((90, 140), 60000, np.uint16)
+    lying[20:70, 20:60] = lying[20:40, 60:120] = 5000
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.rot90(lying, -1)
+    for pixels, path, tag in ((lying, tmp_path / name, exif), (upright, tmp_path / "up.png", None)):
+        shown = pixels if name.startswith("16") else (pixels // 257).astype(np.uint8)
+        Image.fromarray(shown).save(path, exif=tag or Image.Exif())
+    seen, expected = (load_picture(p, SHAPE).pixels for p in (tmp_path / name, tmp_path / "up.png"))
+    np.testing.assert_allclose(seen, expected, atol=2)
+
+
 def test_inversion_can_be_decided_by_the_user() -> None:
     auto, yes, no = (load("t-shirt.jpg", invert) for invert in ("auto", "yes", "no"))
     np.testing.assert_array_equal(auto, yes)

@@ -122,7 +122,8 @@ def load_picture(
         UserError: if it is no image, damaged, or of a size that is out of reason.
     """
     try:
-        with Image.open(path) as image:
+        # Given the path instead, Pillow 13 shears a TIFF that lies on its side.
+        with Path(path).open("rb") as file, Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise UserError(
                     f"{path}: {image.width:,}x{image.height:,} pixels are too many; at most "
@@ -158,10 +159,11 @@ def load_picture(
 def _decode(image: Image.Image, mode: str, side: int) -> np.ndarray:
     """`[H, W, C]` uint8 in a mode, upright, opaque, and no longer than so many pixels."""
     image.load()
+    # This comes first because images made from this one do not know how it was turned.
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         # 16 bits a pixel, which Pillow would cut off at 255.
         image = Image.fromarray(_to_uint8(np.array(image, np.float32), image.mode == "F"))
-    ImageOps.exif_transpose(image, in_place=True)
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     image = image.convert("RGBA" if transparent else mode)
     if max(image.size) > side:
@@ -171,13 +173,15 @@ def _decode(image: Image.Image, mode: str, side: int) -> np.ndarray:
 
 
 def _to_uint8(values: np.ndarray, floating: bool) -> np.ndarray:
-    """What is 1, 255 or 65,535 at the most, by the look of it, to 255 at the most; in place."""
+    """Scales values that go up to 1, or to the highest of 8 bits or more, to 255; in place."""
     np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-    highest = values.max()
-    top = (1.0 if highest <= 1 else 255.0) if floating else (65535.0 if highest > 255 else 255.0)
-    values.clip(0, top, out=values)
+    highest = float(values.max())
+    # A file of 16 bits a pixel may hold a camera's 10 or 12, and does not say so. The highest value
+    # tells how many are used; if it tells too few, the picture is a dark one and becomes lighter,
+    # which does no harm. Floating values go to 1, and slightly beyond after a resampling.
+    top = 1 if floating and highest < 2 else 2 ** max(8, int(highest).bit_length()) - 1
     values *= 255 / top
-    return values.astype(np.uint8)
+    return values.clip(0, 255, out=values).astype(np.uint8)
 
 
 def _opaque(image: Image.Image) -> Image.Image:
