@@ -102,15 +102,30 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
     np.testing.assert_array_equal(seen > 127, np.eye(28, dtype=bool))
 
 
-def test_the_networks_own_size_is_left_as_it_is() -> None:
-    # A pullover that fills the image has a light border, and is no photo on white.
+def test_a_picture_of_the_networks_own_size_is_inverted_if_its_corners_are_light() -> None:
+    # A bag that fills the image: its border is mostly light, and its corners are dark but for one.
+    bag = np.random.default_rng(0).integers(200, 256, SHAPE).astype(np.uint8)
+    bag[[0, 0, -1], [0, -1, 0]] = [[0], [30], [60]]
+    for image in (bag, load("t-shirt.jpg")):
+        for pixels, inverted in ((image, False), (255 - image, True)):
+            picture = normalise(pixels, SHAPE, "auto")
+            np.testing.assert_array_equal(picture.pixels, image)
+            assert picture.inverted == inverted
+
+
+def test_a_picture_of_the_networks_own_size_is_else_left_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(200, 256, SHAPE).astype(np.uint8)
-    picture = normalise(pixels, SHAPE, "auto")
+    picture = normalise(pixels, SHAPE, "no")
     np.testing.assert_array_equal(picture.pixels, pixels)
     assert not picture.inverted
-    picture = normalise(pixels, SHAPE, "yes")
-    np.testing.assert_array_equal(picture.pixels, 255 - pixels)
+    picture = normalise(255 - pixels, SHAPE, "yes")
+    np.testing.assert_array_equal(picture.pixels, pixels)
     assert picture.inverted
+    # Of a network for colour images, nothing is inverted unasked.
+    colour = np.repeat(pixels, 3, axis=2)
+    picture = normalise(colour, (28, 28, 3), "auto")
+    np.testing.assert_array_equal(picture.pixels, colour)
+    assert not picture.inverted
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
