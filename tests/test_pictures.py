@@ -5,7 +5,7 @@ from pathlib import Path
 import make_pictures
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from tinyvgg_jax import UserError
 from tinyvgg_jax.pictures import find_files, load_picture, normalise, suffixes
@@ -147,6 +147,106 @@ def test_floating_values_may_go_slightly_beyond_one(tmp_path: Path) -> None:
     grey[30:80, 20:40] = -0.04
     Image.fromarray(grey).save(tmp_path / "picture.tif")
     assert (load_picture(tmp_path / "picture.tif", SHAPE).pixels[1:-1, 9:18] > 250).all()
+
+
+@pytest.mark.parametrize("noise", [0, 2])
+@pytest.mark.parametrize(("garment", "wall"), [(120, 135), (135, 120), (150, 135), (100, 115)])
+def test_little_contrast_is_found_and_stretched(garment: int, wall: int, noise: float) -> None:
+    pixels = np.full((200, 300, 1), wall, np.float64)
+    pixels[40:160, 90:150] = garment
+    # The garment is striped, and lies on the wall in uneven light.
+    pixels[:, ::2] += np.sign(garment - wall)
+    pixels += np.linspace(-2, 2, 300)[:, None]
+    pixels += np.random.default_rng(0).normal(0, noise, pixels.shape)
+    picture = normalise(pixels.round().astype(np.uint8), SHAPE, "auto")
+    assert picture.inverted == (garment < wall)
+    seen = picture.pixels[..., 0].astype(int)
+    assert (seen[2:-2, 9:19] >= 128).all()
+    assert (seen[:, [0, 1, 2, 3, 4, -5, -4, -3, -2, -1]] < 20).all()
+
+
+@pytest.mark.parametrize(("garment", "wall"), [(240, 140), (150, 128), (20, 100), (30, 60)])
+def test_a_garment_is_made_light_whatever_its_background(garment: int, wall: int) -> None:
+    pixels = np.full((90, 70, 1), wall, np.uint8)
+    pixels[30:80, 20:40] = garment
+    picture = normalise(pixels, SHAPE, "auto")
+    assert picture.inverted == (garment < wall)
+    assert (picture.pixels[1:-1, 10:17] >= 120).all()
+    assert (picture.pixels[:, [0, 1, 2, -3, -2, -1]] == 0).all()
+
+
+def test_a_thin_outline_is_found() -> None:
+    pixels = np.full((400, 400, 1), 255, np.uint8)
+    pixels[100:300, 100:300] = 60
+    pixels[101:299, 101:299] = 255
+    seen = normalise(pixels, SHAPE, "auto").pixels
+    assert (seen[:2, 2:26].max(axis=0) > 100).all()
+    assert (seen[8:20, 8:20] < 10).all()
+
+
+@pytest.mark.parametrize("lit_from", ["left", "ahead"])
+@pytest.mark.parametrize("noise", [0, 3])
+@pytest.mark.parametrize("size", [(60, 80), (100, 100), (448, 300), (1000, 1400)])
+def test_a_bare_wall_is_refused_in_spite_of_noise_and_uneven_light(
+    lit_from: str, noise: float, size: tuple[int, int], tmp_path: Path
+) -> None:
+    y, x = np.linspace(-1, 1, size[0])[:, None], np.linspace(-1, 1, size[1])
+    wall = 200 * (1 - 0.04 * x) if lit_from == "left" else 200 * (1 - 0.07 * (x * x + y * y))
+    wall = wall + np.zeros((size[0], 1))
+    wall += np.random.default_rng(0).normal(0, noise, size)
+    if min(size) >= 300:
+        # A speck of dust is smaller than what becomes a pixel of the network's.
+        wall[size[0] // 3, size[1] // 3] = 100
+    for name in ("wall.png", "wall.jpg"):
+        Image.fromarray(wall.round().astype(np.uint8)).save(tmp_path / name)
+        with pytest.raises(UserError, match="all its pixels are alike"):
+            load_picture(tmp_path / name, SHAPE)
+
+
+@pytest.mark.parametrize("level", [0, 40, 90, 127, 128, 200, 255])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("fills", [False, True])
+def test_a_garment_that_was_cut_out_is_light_on_black(
+    level: int, mode: str, fills: bool, tmp_path: Path
+) -> None:
+    # Its edges are soft, and it may reach the picture's, even along most of them.
+    alpha = Image.new("L", (120, 140), 255 if fills else 0)
+    box = (72, 70, 120, 140) if fills else (30, 20, 80, 130)
+    alpha.paste(0 if fills else 255, box)
+    alpha = alpha.filter(ImageFilter.GaussianBlur(3))
+    image = Image.merge("LA", (Image.new("L", alpha.size, level), alpha))
+    if mode == "P":
+        image = Image.fromarray(np.asarray(alpha), "P")
+        image.putpalette([level] * 3 * 256)
+        image.save(tmp_path / "cut.png", transparency=bytes(range(256)))
+    else:
+        image.convert(mode).save(tmp_path / "cut.png")
+    picture = load_picture(tmp_path / "cut.png", SHAPE)
+    assert picture.inverted == (level < 128)
+    seen = np.sort(picture.pixels, axis=None)
+    assert (seen[-len(seen) // 20 :] >= 128).all()
+    assert (seen[: len(seen) // 10] == 0).all()
+    if fills:
+        assert picture.pixels[2, 8] > 120
+        assert picture.pixels[-3, 20] < 5
+
+
+def test_a_garment_that_is_hardly_opaque_is_seen(tmp_path: Path) -> None:
+    pixels = np.zeros((80, 60, 4), np.uint8)
+    pixels[20:60, 15:45, 3] = 60
+    Image.fromarray(pixels).save(tmp_path / "ghost.png")
+    assert (load_picture(tmp_path / "ghost.png", SHAPE).pixels[4:-4, 6:-6] > 200).all()
+
+
+def test_a_photo_with_rounded_corners_keeps_its_own_background(tmp_path: Path) -> None:
+    pixels = np.full((80, 60, 4), 240, np.uint8)
+    pixels[20:60, 15:45] = 30
+    pixels[..., 3] = 255
+    pixels[:4, :4, 3] = pixels[-4:, -4:, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    picture = load_picture(tmp_path / "photo.png", SHAPE)
+    assert picture.inverted
+    assert picture.pixels[14, 14] > 200
 
 
 @pytest.mark.parametrize("name", ["8 bits.tif", "16 bits.tif", "16 bits.png"])
