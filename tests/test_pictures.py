@@ -1,13 +1,14 @@
+import itertools
 import os
 from pathlib import Path
 
 import make_pictures
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from tinyvgg_jax import UserError
-from tinyvgg_jax.pictures import find_files, load_picture, normalise
+from tinyvgg_jax.pictures import find_files, load_picture, normalise, suffixes
 
 FOLDER = Path(__file__).parent / "pictures"
 SHAPE = (28, 28, 1)
@@ -101,15 +102,165 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
     np.testing.assert_array_equal(seen > 127, np.eye(28, dtype=bool))
 
 
-def test_the_networks_own_size_is_left_as_it_is() -> None:
-    # A pullover that fills the image has a light border, and is no photo on white.
+def test_a_picture_of_the_networks_own_size_is_inverted_if_its_corners_are_light() -> None:
+    # A bag that fills the image: its border is mostly light, and its corners are dark but for one.
+    bag = np.random.default_rng(0).integers(200, 256, SHAPE).astype(np.uint8)
+    bag[[0, 0, -1], [0, -1, 0]] = [[0], [30], [60]]
+    for image in (bag, load("t-shirt.jpg")):
+        for pixels, inverted in ((image, False), (255 - image, True)):
+            picture = normalise(pixels, SHAPE, "auto")
+            np.testing.assert_array_equal(picture.pixels, image)
+            assert picture.inverted == inverted
+
+
+def test_a_picture_of_the_networks_own_size_is_else_left_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(200, 256, SHAPE).astype(np.uint8)
-    picture = normalise(pixels, SHAPE, "auto")
+    picture = normalise(pixels, SHAPE, "no")
     np.testing.assert_array_equal(picture.pixels, pixels)
     assert not picture.inverted
-    picture = normalise(pixels, SHAPE, "yes")
-    np.testing.assert_array_equal(picture.pixels, 255 - pixels)
+    picture = normalise(255 - pixels, SHAPE, "yes")
+    np.testing.assert_array_equal(picture.pixels, pixels)
     assert picture.inverted
+    # Of a network for colour images, nothing is inverted unasked.
+    colour = np.repeat(pixels, 3, axis=2)
+    picture = normalise(colour, (28, 28, 3), "auto")
+    np.testing.assert_array_equal(picture.pixels, colour)
+    assert not picture.inverted
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["I;16", "I;16B", "I", "F"])
+def test_a_picture_may_use_only_some_of_its_bits(bits: int, kind: str, tmp_path: Path) -> None:
+    grey = np.full((90, 70), 0.9)
+    grey[30:80, 20:40] = 0.1
+    dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4", "F": "<f4"}[kind]
+    Image.fromarray((grey * (2**bits - 1)).astype(dtype)).save(tmp_path / "picture.tif")
+    picture = load_picture(tmp_path / "picture.tif", SHAPE)
+    assert picture.inverted
+    assert (np.abs(picture.pixels[1:-1, 9:18].astype(int) - 227) < 4).all()
+    assert (picture.pixels[:, [0, 1, 2, -3, -2, -1]] == 0).all()
+
+
+def test_floating_values_may_go_slightly_beyond_one(tmp_path: Path) -> None:
+    # So they do after a picture has been resized with overshoot.
+    grey = np.full((90, 70), 1.04, np.float32)
+    grey[30:80, 20:40] = -0.04
+    Image.fromarray(grey).save(tmp_path / "picture.tif")
+    assert (load_picture(tmp_path / "picture.tif", SHAPE).pixels[1:-1, 9:18] > 250).all()
+
+
+@pytest.mark.parametrize("noise", [0, 2])
+@pytest.mark.parametrize(("garment", "wall"), [(120, 135), (135, 120), (150, 135), (100, 115)])
+def test_little_contrast_is_found_and_stretched(garment: int, wall: int, noise: float) -> None:
+    pixels = np.full((200, 300, 1), wall, np.float64)
+    pixels[40:160, 90:150] = garment
+    # The garment is striped, and lies on the wall in uneven light.
+    pixels[:, ::2] += np.sign(garment - wall)
+    pixels += np.linspace(-2, 2, 300)[:, None]
+    pixels += np.random.default_rng(0).normal(0, noise, pixels.shape)
+    picture = normalise(pixels.round().astype(np.uint8), SHAPE, "auto")
+    assert picture.inverted == (garment < wall)
+    seen = picture.pixels[..., 0].astype(int)
+    assert (seen[2:-2, 9:19] >= 128).all()
+    assert (seen[:, [0, 1, 2, 3, 4, -5, -4, -3, -2, -1]] < 20).all()
+
+
+@pytest.mark.parametrize(("garment", "wall"), [(240, 140), (150, 128), (20, 100), (30, 60)])
+def test_a_garment_is_made_light_whatever_its_background(garment: int, wall: int) -> None:
+    pixels = np.full((90, 70, 1), wall, np.uint8)
+    pixels[30:80, 20:40] = garment
+    picture = normalise(pixels, SHAPE, "auto")
+    assert picture.inverted == (garment < wall)
+    assert (picture.pixels[1:-1, 10:17] >= 120).all()
+    assert (picture.pixels[:, [0, 1, 2, -3, -2, -1]] == 0).all()
+
+
+def test_a_thin_outline_is_found() -> None:
+    pixels = np.full((400, 400, 1), 255, np.uint8)
+    pixels[100:300, 100:300] = 60
+    pixels[101:299, 101:299] = 255
+    seen = normalise(pixels, SHAPE, "auto").pixels
+    assert (seen[:2, 2:26].max(axis=0) > 100).all()
+    assert (seen[8:20, 8:20] < 10).all()
+
+
+@pytest.mark.parametrize("lit_from", ["left", "ahead"])
+@pytest.mark.parametrize("noise", [0, 3])
+@pytest.mark.parametrize("size", [(60, 80), (100, 100), (448, 300), (1000, 1400)])
+def test_a_bare_wall_is_refused_in_spite_of_noise_and_uneven_light(
+    lit_from: str, noise: float, size: tuple[int, int], tmp_path: Path
+) -> None:
+    y, x = np.linspace(-1, 1, size[0])[:, None], np.linspace(-1, 1, size[1])
+    wall = 200 * (1 - 0.04 * x) if lit_from == "left" else 200 * (1 - 0.07 * (x * x + y * y))
+    wall = wall + np.zeros((size[0], 1))
+    wall += np.random.default_rng(0).normal(0, noise, size)
+    if min(size) >= 300:
+        # A speck of dust is smaller than what becomes a pixel of the network's.
+        wall[size[0] // 3, size[1] // 3] = 100
+    for name in ("wall.png", "wall.jpg"):
+        Image.fromarray(wall.round().astype(np.uint8)).save(tmp_path / name)
+        with pytest.raises(UserError, match="all its pixels are alike"):
+            load_picture(tmp_path / name, SHAPE)
+
+
+@pytest.mark.parametrize("level", [0, 40, 90, 127, 128, 200, 255])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("fills", [False, True])
+def test_a_garment_that_was_cut_out_is_light_on_black(
+    level: int, mode: str, fills: bool, tmp_path: Path
+) -> None:
+    # Its edges are soft, and it may reach the picture's, even along most of them.
+    alpha = Image.new("L", (120, 140), 255 if fills else 0)
+    box = (72, 70, 120, 140) if fills else (30, 20, 80, 130)
+    alpha.paste(0 if fills else 255, box)
+    alpha = alpha.filter(ImageFilter.GaussianBlur(3))
+    image = Image.merge("LA", (Image.new("L", alpha.size, level), alpha))
+    if mode == "P":
+        image = Image.fromarray(np.asarray(alpha), "P")
+        image.putpalette([level] * 3 * 256)
+        image.save(tmp_path / "cut.png", transparency=bytes(range(256)))
+    else:
+        image.convert(mode).save(tmp_path / "cut.png")
+    picture = load_picture(tmp_path / "cut.png", SHAPE)
+    assert picture.inverted == (level < 128)
+    seen = np.sort(picture.pixels, axis=None)
+    assert (seen[-len(seen) // 20 :] >= 128).all()
+    assert (seen[: len(seen) // 10] == 0).all()
+    if fills:
+        assert picture.pixels[2, 8] > 120
+        assert picture.pixels[-3, 20] < 5
+
+
+def test_a_garment_that_is_hardly_opaque_is_seen(tmp_path: Path) -> None:
+    pixels = np.zeros((80, 60, 4), np.uint8)
+    pixels[20:60, 15:45, 3] = 60
+    Image.fromarray(pixels).save(tmp_path / "ghost.png")
+    assert (load_picture(tmp_path / "ghost.png", SHAPE).pixels[4:-4, 6:-6] > 200).all()
+
+
+def test_a_photo_with_rounded_corners_keeps_its_own_background(tmp_path: Path) -> None:
+    pixels = np.full((80, 60, 4), 240, np.uint8)
+    pixels[20:60, 15:45] = 30
+    pixels[..., 3] = 255
+    pixels[:4, :4, 3] = pixels[-4:, -4:, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    picture = load_picture(tmp_path / "photo.png", SHAPE)
+    assert picture.inverted
+    assert picture.pixels[14, 14] > 200
+
+
+@pytest.mark.parametrize("name", ["8 bits.tif", "16 bits.tif", "16 bits.png"])
+def test_orientation_is_applied_to_pictures_of_any_depth(name: str, tmp_path: Path) -> None:
+    lying = np.full((90, 140), 60000, np.uint16)
+    lying[20:70, 20:60] = lying[20:40, 60:120] = 5000
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.rot90(lying, -1)
+    for pixels, path, tag in ((lying, tmp_path / name, exif), (upright, tmp_path / "up.png", None)):
+        shown = pixels if name.startswith("16") else (pixels // 257).astype(np.uint8)
+        Image.fromarray(shown).save(path, exif=tag or Image.Exif())
+    seen, expected = (load_picture(p, SHAPE).pixels for p in (tmp_path / name, tmp_path / "up.png"))
+    np.testing.assert_allclose(seen, expected, atol=2)
 
 
 def test_inversion_can_be_decided_by_the_user() -> None:
@@ -149,6 +300,60 @@ def test_folders_are_searched_for_pictures(tmp_path: Path) -> None:
         "sub folder/c.webp",
     ]
     assert find_files(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+
+
+def test_a_picture_of_any_format_that_pillow_reads_is_found(tmp_path: Path) -> None:
+    pixels = np.full((40, 60, 3), 240, np.uint8)
+    pixels[10:30, 20:50] = 30
+    image = Image.fromarray(pixels)
+    suffixes_by_format = {
+        "JPEG": (".jpe", ".jfif", ".JPG"),
+        "JPEG2000": (".jp2", ".j2k"),
+        "TIFF": (".tif", ".tiff"),
+        "PPM": (".ppm", ".pgm", ".pnm"),
+        **{name: (f".{name.lower()}",) for name in ("MPO", "AVIF", "TGA", "ICO", "DIB", "PCX")},
+    }
+    Image.init()
+    # An old Pillow does not know all of them.
+    kinds = [kinds for name, kinds in suffixes_by_format.items() if name in Image.SAVE]
+    written = list(itertools.chain(*kinds))
+    for suffix in written:
+        image.save(tmp_path / f"picture{suffix}")
+    found = find_files(tmp_path)
+    assert sorted(path.suffix for path in found) == sorted(written)
+    for path in found:
+        assert load_picture(path, SHAPE).pixels.max() > 200, path.name
+    # Of these it reads nothing, or leaves them to another program.
+    assert not suffixes() & {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".wmf", ".emf", ".grib"}
+
+
+def test_how_many_files_are_no_pictures_is_logged_in_a_line_a_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "two\nlines"
+    for name in (
+        "a.png",
+        "b.HEIC",
+        "c.heic",
+        "in/Makefile",
+        ".hidden",
+        ".d/x.txt",
+        "nothing.txt/e.png",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).touch()
+    (folder / "link.txt").symlink_to(tmp_path)
+    assert [path.name for path in find_files(folder)] == ["a.png", "e.png"]
+    said = "3 files are no pictures and were skipped (.heic, Makefile)."
+    assert caplog.messages == [f"tinyvgg_jax: {tmp_path}/two lines: {said}"]
+    caplog.clear()
+    (folder / "only").mkdir()
+    (folder / "only/story.txt").touch()
+    with pytest.raises(UserError, match=r"no picture in this folder; 1 file is no picture and was"):
+        find_files(folder / "only")
+    (folder / "only/story.txt").rename(folder / "only/story.jpg")
+    find_files(folder / "only")
+    assert not caplog.messages
 
 
 def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:

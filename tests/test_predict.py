@@ -163,6 +163,26 @@ def test_the_command_line_prints_json(
     assert 1 >= content["probability"] >= content["second_probability"] >= 0
 
 
+def test_what_is_no_picture_in_a_folder_is_counted_and_no_failure(
+    trained: Trained, files: Path, command_line: CommandLine
+) -> None:
+    for name in ("notes.txt", "film.mpg", ".hidden", "empty"):
+        (files / name).touch()
+    for path in list(files.glob("0[1-9]*.png")):
+        path.unlink()
+    (files / "000.png").rename(files / "000.tif")
+    arguments = ("--mode=predict", f"--workdir={trained[0]}", files)
+    for json_lines in (True, False):
+        done = command_line(*arguments, *["--json"] * json_lines)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith(f"tinyvgg_jax: {files}: 3 files are no pictures and were skipped")
+        lines = done.stdout.splitlines()
+        assert len(lines) == (10 if json_lines else 11)
+        if json_lines:
+            assert json.loads(lines[0])["file"] == str(files / "000.tif")
+
+
 def test_wrong_arguments_are_said(
     trained: Trained, files: Path, command_line: CommandLine, tmp_path: Path
 ) -> None:

@@ -185,7 +185,8 @@ def predict_files(
 
     Args:
         predictor: the network.
-        paths: files and folders, whose pictures are taken, in subfolders too.
+        paths: files and folders, whose pictures are taken, in subfolders too; how many other files
+            a folder holds is logged.
         invert: "auto", "yes" or "no", as in `pictures.normalise`.
 
     Yields:
