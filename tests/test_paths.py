@@ -173,10 +173,11 @@ def test_a_run_that_cannot_be_written_to_is_evaluated_all_the_same(
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "ipympl"])
 def test_a_notebooks_plotting_backend_is_no_hindrance(
-    trained: Trained, tmp_path: Path, command_line: CommandLine
+    trained: Trained, tmp_path: Path, command_line: CommandLine, backend: str
 ) -> None:
-    environment = os.environ | {"MPLBACKEND": "module://not_installed.backend"}
+    environment = os.environ | {"MPLBACKEND": backend}
     shutil.copytree(trained[0], tmp_path / "run")
     done = command_line("--mode=eval", f"--workdir={tmp_path / 'run'}", env=environment)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,9 @@
 
    Arrays are float32 and dense: images [B, H, W, C], kernels [3, 3, C, O]. Tiles go through
    in chunks that stay in the cache, spread over XLA's own threads. A result does not depend on
-   which thread computed what. */
+   which thread computed what, but on their number: it is the number of pieces into which the sum
+   of a kernel's gradient is split. Splitting it always alike would cost a buffer of the kernel's
+   size, 4 MB, for each of as many pieces as a large processor has threads. */
 
 #include <math.h>
 #include <sched.h>
