@@ -1,6 +1,6 @@
 """The default network with a modern recipe: the most accurate one here.
 
-    python -m tinyvgg_jax.main --config configs/best.py --config.num_seeds=5
+    python -m tinyvgg_jax.main --config best --config.num_seeds=5
 
 Meant for a GPU, on which nothing has been measured yet: neither the accuracy nor the time.
 
@@ -17,7 +17,7 @@ tuned.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from tinyvgg_jax.configs import default
 
 
 def get_config() -> ConfigDict:

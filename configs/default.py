@@ -1,6 +1,6 @@
 """The paper's recipe: widths 64-128-256, SGD with momentum, batch 32, 10 epochs.
 
-    python -m tinyvgg_jax.main --config configs/default.py
+    python -m tinyvgg_jax.main --config default
 
 The paper reached 90.3 % on train, 89.7 % on validation and 89.5 % on test. It does not say by how
 much the learning rate decays in an epoch. Here it was chosen on the validation split, with this

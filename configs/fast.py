@@ -1,6 +1,6 @@
 """The default network in as few seconds as possible on a GPU, for 94 % on the test split.
 
-    python -m tinyvgg_jax.main --config configs/fast.py --config.num_seeds=5
+    python -m tinyvgg_jax.main --config fast --config.num_seeds=5
 
 Nothing of it has been measured on a GPU yet: neither the time nor the accuracy. Batch
 size, rate and epochs are first guesses.
@@ -8,7 +8,7 @@ size, rate and epochs are first guesses.
 
 from ml_collections import ConfigDict
 
-from configs import best
+from tinyvgg_jax.configs import best
 
 
 def get_config() -> ConfigDict:

@@ -1,6 +1,6 @@
 """The default recipe at a size for two CPU cores: a narrower network, one convolution a block.
 
-    python -m tinyvgg_jax.main --config configs/quick.py
+    python -m tinyvgg_jax.main --config quick
 
 On two cores of an AMD EPYC: 63 s of training, compilation included. Train 91.2 %, validation
 91.0 %, test 89.8 % (five seeds, standard deviations 0.3, 0.4 and 0.3).
@@ -8,7 +8,7 @@ On two cores of an AMD EPYC: 63 s of training, compilation included. Train 91.2 
 
 from ml_collections import ConfigDict
 
-from configs import default
+from tinyvgg_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -70,7 +70,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(data_dir: Path) -> ConfigDict:
     """A config that trains on `bars` in a second."""
-    config: ConfigDict = importlib.import_module("configs.default").get_config()
+    config: ConfigDict = importlib.import_module("tinyvgg_jax.configs.default").get_config()
     config.num_epochs = 3
     config.batch_size = 30
     config.learning_rate = 0.05
@@ -89,7 +89,7 @@ def trained(
     data_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     """A finished run on `bars`, and its summary; not to be changed."""
-    config = importlib.import_module("configs.default").get_config()
+    config = importlib.import_module("tinyvgg_jax.configs.default").get_config()
     config.num_epochs, config.batch_size, config.learning_rate = 3, 30, 0.1
     config.model.widths, config.model.convs_per_block, config.model.hidden = (4, 8), 1, 8
     config.data.name, config.data.data_dir = "bars", str(data_dir)

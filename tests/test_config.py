@@ -12,7 +12,9 @@ from tinyvgg_jax.errors import UserError
 
 
 def test_the_default_is_the_papers_recipe() -> None:
-    config = config_lib.validated(importlib.import_module("configs.default").get_config())
+    config = config_lib.validated(
+        importlib.import_module("tinyvgg_jax.configs.default").get_config()
+    )
     assert config.model.widths == (64, 128, 256)
     assert (config.model.convs_per_block, config.model.hidden) == (2, 256)
     assert (config.batch_size, config.num_epochs) == (32, 10)
@@ -25,7 +27,9 @@ def test_the_default_is_the_papers_recipe() -> None:
 
 @pytest.mark.parametrize("name", ["default", "quick", "best", "fast"])
 def test_configs_survive_json_and_do_not_differ_from_themselves(name: str, tmp_path: Path) -> None:
-    config = config_lib.validated(importlib.import_module(f"configs.{name}").get_config())
+    config = config_lib.validated(
+        importlib.import_module(f"tinyvgg_jax.configs.{name}").get_config()
+    )
     path = tmp_path / "config.json"
     path.write_text(config_lib.to_json(config))
     again = config_lib.from_file(path)

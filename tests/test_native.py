@@ -2,6 +2,7 @@ import concurrent.futures
 import ctypes
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,30 +95,78 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert "not kept" in caplog.text
 
 
-@pytest.mark.parametrize("compiler", ["none", "one that fails"])
-def test_without_a_compiler_xla_does_it(
-    forgetful: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_where_there_is_a_compiler_it_compiles_them() -> None:
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if any(name and shutil.which(name) for name in names):
+        assert native.available()
+
+
+@pytest.fixture
+def install_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str | None], None]:
+    """Makes a shell script the only compiler of this machine, or leaves it none."""
+
+    def install(script: str | None) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+        if script is not None:
+            (tmp_path / "cc").write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / "cc").chmod(0o755)
+
+    return install
+
+
+REFUSES = """\
+echo 'winograd.c: In function f:' >&2
+echo 'winograd.c:7:3: error: unknown type name' >&2
+echo 'winograd.c:9:1: error: what follows from the first' >&2
+exit 1"""
+
+
+@pytest.mark.parametrize(
+    ("script", "level", "message"),
+    [
+        (None, logging.INFO, "no C compiler"),
+        (REFUSES, logging.WARNING, "cc failed: winograd.c:7:3: error: unknown type name"),
+        ("echo no licence >&2; exit 1", logging.WARNING, "cc failed: no licence"),
+        ("exit 3", logging.WARNING, "cc failed: exit status 3"),
+        # The last argument is the library's name.
+        ('for name; do :; done; echo text > "$name"', logging.WARNING, ".so: "),
+    ],
+    ids=["no compiler", "errors", "no error line", "silence", "not a library"],
+)
+@pytest.mark.usefixtures("forgetful")
+def test_xla_does_it_where_nothing_is_compiled_and_a_failure_is_a_warning(
+    install_compiler: Callable[[str | None], None],
     caplog: pytest.LogCaptureFixture,
-    compiler: str,
+    script: str | None,
+    level: int,
+    message: str,
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    if compiler == "one that fails":
-        (tmp_path / "cc").write_text("#!/bin/sh\necho no licence >&2\nexit 1\n")
-        (tmp_path / "cc").chmod(0o755)
-    with caplog.at_level(logging.INFO):
+    install_compiler(script)
+    with caplog.at_level(logging.DEBUG, "tinyvgg_jax"):
         assert not native.available()
-    assert "several times slower" in caplog.text
-    assert ("no C compiler" if compiler == "none" else "no licence") in caplog.text
+    (record,) = caplog.records
+    assert record.levelno == level
+    assert "several times slower" in record.getMessage() and message in record.getMessage()
+    assert len(record.getMessage().splitlines()) == 1
+    assert "what follows" not in record.getMessage()
     output = convolution_relu(jnp.ones((1, 2, 2, 1)), jnp.ones((3, 3, 1, 1)), jnp.ones(1))
     np.testing.assert_array_equal(output.ravel(), [5, 5, 5, 5])
 
 
-def test_it_can_be_turned_off(forgetful: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_turned_off_and_says_nothing(
+    forgetful: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    install_compiler: Callable[[str | None], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    install_compiler(REFUSES)
     monkeypatch.setenv("TINYVGG_JAX_NATIVE", "0")
-    assert not native.available()
+    with caplog.at_level(logging.DEBUG, "tinyvgg_jax"):
+        assert not native.available()
+    assert not caplog.records
     assert not forgetful.exists()
 
 

@@ -18,15 +18,16 @@ def test_the_python_snippets_run(
     config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As printed; only the config that they import trains on the small dataset."""
-    from configs import quick
+    from tinyvgg_jax.configs import quick
 
     monkeypatch.setattr(quick, "get_config", lambda: config)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     names: dict[str, Any] = {}
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     for snippet in SNIPPETS:
         exec(snippet, names)
+    assert names["get_config"]().num_epochs == 3
     assert names["logits"].shape == (8, 3)
     assert names["views"].shape == (10, 4, 28, 28, 1)
     assert isinstance(names["model"], TinyVGG)

@@ -140,7 +140,7 @@ def test_the_test_split_is_evaluated_once_after_training(
 def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     import importlib
 
-    config = importlib.import_module("configs.default").get_config()
+    config = importlib.import_module("tinyvgg_jax.configs.default").get_config()
     workdir = tmp_path_factory.mktemp("uninterrupted")
     train_and_evaluate(as_small(config, data_dir), workdir)
     return content_of(workdir)
@@ -421,7 +421,7 @@ def test_it_learns_the_real_data_in_seconds(
 ) -> None:
     import importlib
 
-    config = importlib.import_module("configs.quick").get_config()
+    config = importlib.import_module("tinyvgg_jax.configs.quick").get_config()
     config.num_epochs = 1
     config.model.widths = (8, 16)
     config.data.train_split = "train[:12800]"

@@ -342,11 +342,7 @@ class Checkpoints:
 
     def _refuse_unreadable_metrics(self) -> None:
         """Moves away checkpoints with damaged metrics, because Orbax opens no folder with one."""
-        # No pattern of names, for which a folder with brackets in its path would be another one.
-        folders = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
-        for folder in folders:
-            if not folder.name.isdecimal():
-                continue
+        for folder in self._folder.glob("[0-9]*"):
             file = _metrics_file(folder)
             try:
                 if file.exists():

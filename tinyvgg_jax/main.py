@@ -24,7 +24,7 @@ MODES = ("train", "eval", "predict", "explain", "compare", "prepare")
 _WITH_PATHS = {"predict": "IMAGE...", "explain": "IMAGE", "compare": "RUN RUN..."}
 USAGE = """\
 Train Tiny VGG, or go on with a run that was interrupted:
-  python -m tinyvgg_jax.main --config configs/default.py [--workdir runs/default]
+  python -m tinyvgg_jax.main --config default [--workdir runs/default]
                              [--config.FIELD=VALUE ...]
 Evaluate a checkpoint of a run, and write a report with pictures:
   python -m tinyvgg_jax.main --mode eval --workdir runs/default
@@ -40,13 +40,16 @@ Compare runs on the same images:
   python -m tinyvgg_jax.main --mode compare RUN RUN... [--output FILE.png]
                              [--split train|validation|test] [--step N|latest|best]
 Only prepare the dataset, say before going offline:
-  python -m tinyvgg_jax.main --mode prepare --config configs/default.py
-Every field is explained in configs/default.py.
+  python -m tinyvgg_jax.main --mode prepare --config default
+A config is a Python file, or the name of one that comes with the package: {recipes}.
+Every field is explained in {default}.
 """
+
+_RECIPES = {path.stem: path for path in Path(__file__).with_name("configs").glob("[!_]*.py")}
 
 try:
     _CONFIG = config_flags.DEFINE_config_file(
-        "config", help_string="The config file.", lock_config=True
+        "config", help_string="A config file, or a recipe's name.", lock_config=True
     )
 except flags.Error as error:
     # Defining it reads the command line already, with the files that --flagfile names.
@@ -72,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv if argv is None else argv
     if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
-        print(USAGE, end="")
+        recipes = ", ".join(sorted(_RECIPES))
+        print(USAGE.format(recipes=recipes, default=_RECIPES["default"]), end="")
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
@@ -125,6 +129,7 @@ def _parse(argv: list[str]) -> list[str]:
         if field and field[1] not in config_lib.FIELDS:
             nearest = config_lib.suggestion(field[1], config_lib.FIELDS)
             raise UserError(f"unknown config field {field[1]!r}{nearest}")
+    argv = _with_recipes(argv)
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
@@ -152,6 +157,32 @@ def _parse(argv: list[str]) -> list[str]:
     return rest[1:]
 
 
+def _with_recipes(argv: list[str]) -> list[str]:
+    """Replaces a recipe's bare name, as in `--config quick`, by the path of its file."""
+    result = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if argument == "--":
+            break
+        if flag in ("--config", "-config") and equals:
+            result[i] = f"{flag}={_config_file(value)}"
+        elif flag in ("--config", "-config") and i + 1 < len(argv):
+            result[i + 1] = _config_file(argv[i + 1])
+    return result
+
+
+def _config_file(value: str) -> str:
+    """The path of a recipe if the value is a bare name, else the value."""
+    if not value or "/" in value or ".py" in value:
+        return value
+    if value not in _RECIPES:
+        raise UserError(
+            f"unknown recipe {value!r}; one of {', '.join(sorted(_RECIPES))}, or a .py file"
+            + config_lib.suggestion(value, _RECIPES)
+        )
+    return str(_RECIPES[value])
+
+
 def _origin(error: BaseException) -> str:
     """`FILE:LINE: ERROR: `, if the error comes from a file of the user's."""
     if isinstance(error, SyntaxError):
@@ -172,7 +203,7 @@ def _workdir() -> Path:
 
 def _config() -> ConfigDict:
     if _CONFIG.value is None:
-        raise UserError("pass a config file, like --config configs/default.py.")
+        raise UserError("pass a config file or a recipe's name, like --config default.")
     return config_lib.validated(_CONFIG.value)
 
 

@@ -1,8 +1,8 @@
 """The convolutions of `winograd.c` as JAX functions, compiled when first wanted.
 
-They need a C compiler (`$CC`, `cc`, `gcc` or `clang`). Where there is none, `available` is false
-and the caller does with XLA's own operations. `TINYVGG_JAX_NATIVE=0` in the environment turns
-them off.
+They need a C compiler (`$CC`, `cc`, `gcc` or `clang`). Where there is none, or it fails, which is
+warned of, `available` is false and the caller does with XLA's own operations.
+`TINYVGG_JAX_NATIVE=0` in the environment turns them off.
 """
 
 import ctypes
@@ -92,6 +92,10 @@ def _call(target: str, results: Any, *arguments: Array) -> Any:
     return call(*arguments)
 
 
+class _NoCompilerError(OSError):
+    """There is no C compiler on this machine."""
+
+
 @functools.cache
 def available() -> bool:
     """Whether the functions above can be used; the first call compiles and registers them."""
@@ -103,7 +107,9 @@ def available() -> bool:
             handler = jax.ffi.pycapsule(getattr(library, target))
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        logger.info(
+        # Nobody expects what needs a compiler where there is none; one that fails is a defect.
+        logger.log(
+            logging.INFO if isinstance(error, _NoCompilerError) else logging.WARNING,
             "Convolutions run as XLA compiles them, several times slower on a CPU: %s",
             str(error).strip(),
         )
@@ -143,7 +149,7 @@ def _compiler() -> str:
         path = shutil.which(name) if name else None
         if path:
             return path
-    raise OSError("there is no C compiler (cc, gcc or clang) to compile faster ones")
+    raise _NoCompilerError("there is no C compiler (cc, gcc or clang) to compile faster ones")
 
 
 def _identity(compiler: str) -> list[str]:
@@ -167,11 +173,20 @@ def _identity(compiler: str) -> list[str]:
 
 def _compile(compiler: str, library: Path) -> None:
     include = f"-I{jax.ffi.include_dir()}"
+    # A compiler's messages are searched for the word "error".
+    environment = os.environ | {"LC_ALL": "C"}
     for processor in (["-march=native"], []):
         command = [compiler, *_FLAGS, *processor, include, str(_SOURCE), "-o", str(library)]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_COMPILE_SECONDS,
+            check=False,
+            env=environment,
         )
         if done.returncode == 0:
             return
-    raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    first = next((line for line in lines if "error:" in line), lines[-1])
+    raise OSError(f"{compiler} failed: {first}")
