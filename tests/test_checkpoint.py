@@ -86,6 +86,25 @@ def test_saving_copies_what_is_donated_next(tmp_path: Path) -> None:
         assert_equal(checkpoints.restore_params(1, ABSTRACT[0]).params, expected)
 
 
+def test_saving_copies_what_grows_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_over = []
+    original = checkpoint.ocp.CheckpointManager.save
+
+    def save(manager: Any, step: int, args: Any, **options: Any) -> Any:
+        handed_over.append(args["progress"].item)
+        return original(manager, step, args=args, **options)
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save)
+    history = [1]
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, params(1), opt_state(1), {"history": history}, 0.5)
+        # Orbax may not have written it yet.
+        history.append(2)
+        assert handed_over[0]["history"] == [1]
+        restored = checkpoints.restore_newest(*ABSTRACT)
+    assert restored is not None and restored.progress == {"history": [1]}
+
+
 def test_a_full_disk_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ else, like a permission that is missing or another dtype, is an error that moves
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -144,8 +145,9 @@ class Checkpoints:
                 f"{2 * size / 1e6:,.0f} MB needed. What was saved before is kept."
             )
         arrays = {"params": params, "opt_state": opt_state}
+        # A copy, because it is written later, when the caller's lists have grown already.
         progress = {
-            **progress,
+            **copy.deepcopy(progress),
             "shapes": {path: shape for path, (shape, _) in _layout(params).items()},
             "arrays": {name: _layout(tree) for name, tree in arrays.items()},
         }
