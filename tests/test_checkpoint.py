@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tinyvgg_jax import checkpoint
@@ -88,13 +89,13 @@ def test_saving_copies_what_is_donated_next(tmp_path: Path) -> None:
 
 def test_saving_copies_what_grows_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handed_over = []
-    original = checkpoint.ocp.CheckpointManager.save
+    original = ocp.CheckpointManager.save
 
     def save(manager: Any, step: int, args: Any, **options: Any) -> Any:
         handed_over.append(args["progress"].item)
         return original(manager, step, args=args, **options)
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
     history = [1]
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.save(1, params(1), opt_state(1), {"history": history}, 0.5)
@@ -296,8 +297,6 @@ def test_a_fresh_checkpoint_does_restore_here() -> None:
 
 def test_flipped_bytes_do_restore_without_our_digest(tmp_path: Path) -> None:
     """The reason for the digest: if this fails, Orbax has learned to see the damage itself."""
-    import orbax.checkpoint as ocp
-
     fill(tmp_path / "c", {1: 0.5})
     flip_byte(tmp_path / "c" / "1")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
