@@ -2,6 +2,7 @@ import gzip
 import multiprocessing
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -431,7 +432,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "'orbax.checkpoint', 'jax') if m in sys.modules])"
     )
     result = subprocess.run(
-        ["python", "-c", code],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,
