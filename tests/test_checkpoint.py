@@ -14,9 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tinyvgg_jax import checkpoint
-from tinyvgg_jax.checkpoint import Checkpoints, digest
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.runs import checkpoint
+from tinyvgg_jax.runs.checkpoint import Checkpoints, digest
 
 # Orbax leaves coroutines behind when it fails to read, of which Python complains later.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

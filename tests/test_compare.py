@@ -10,8 +10,8 @@ from PIL import Image
 from scipy import stats
 
 from tinyvgg_jax import UserError, train_and_evaluate
-from tinyvgg_jax.compare import Welch, compare_runs, comparison_table, write_comparison
-from tinyvgg_jax.metrics import McNemar
+from tinyvgg_jax.report.compare import Welch, compare_runs, comparison_table, write_comparison
+from tinyvgg_jax.report.scores import McNemar
 
 Trained = tuple[Path, dict[str, Any]]
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import model, optimizer
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.runs.folder import write_json
 
 
 def test_the_default_is_the_papers_recipe() -> None:
@@ -31,7 +32,7 @@ def test_configs_survive_json_and_do_not_differ_from_themselves(name: str, tmp_p
         importlib.import_module(f"tinyvgg_jax.configs.{name}").get_config()
     )
     path = tmp_path / "config.json"
-    path.write_text(config_lib.to_json(config))
+    write_json(path, config.to_dict())
     again = config_lib.from_file(path)
     assert again == config
     assert config_lib.differences(config, again) == []
@@ -101,15 +102,25 @@ def test_differences_name_fields_but_not_where_the_data_lies(config: ConfigDict)
     assert config_lib.differences(config_lib.validated(config), ours) == ["model.hidden: 9, not 8"]
 
 
-def test_names_are_those_of_the_rooms_that_know_them() -> None:
-    assert config_lib.OPTIMIZERS == optimizer.OPTIMIZERS
-    assert config_lib.SCHEDULES == optimizer.SCHEDULES
-    assert tuple(model.KERNEL_INITS) == config_lib.KERNEL_INITS
+def test_every_choice_that_is_implemented_is_valid(config: ConfigDict) -> None:
+    for field, names in (("optimizer", optimizer.OPTIMIZERS), ("schedule", optimizer.SCHEDULES)):
+        for name in names:
+            assert config_lib.validated(config.to_dict() | {field: name})[field] == name
+    for name in model.KERNEL_INITS:
+        config.model.kernel_init = name
+        assert config_lib.validated(config).model.kernel_init == name
+
+
+def test_every_field_stands_in_the_default_config_and_the_other_way_round() -> None:
+    content = importlib.import_module("tinyvgg_jax.configs.default").get_config()
+    assert sorted(name for name, _ in config_lib._flatten(content)) == sorted(config_lib.FIELDS)
 
 
 def test_a_run_of_an_older_version_had_none_of_the_newer_parts(config: ConfigDict) -> None:
     content = config.to_dict()
-    for field in config_lib._ONCE:
+    for field in config_lib.FIELDS:
+        if config_lib.FIELDS[field].value_before is config_lib.REQUIRED:
+            continue
         section, _, name = field.rpartition(".")
         del (content[section] if section else content)[name]
     assert config_lib.validated(content) == config_lib.validated(config)

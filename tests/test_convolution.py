@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import Array, lax
 
-from tinyvgg_jax import convolution, native
-from tinyvgg_jax.convolution import convolution_relu, convolution_relu_pool
-from tinyvgg_jax.pooling import lean_max_pool_2x2
+from tinyvgg_jax.ops import convolution, winograd
+from tinyvgg_jax.ops.convolution import convolution_relu, convolution_relu_pool
+from tinyvgg_jax.ops.pooling import lean_max_pool_2x2
 
 # Batch, height, width, input and output channels, kernel height and width.
 MODEL_SHAPES = [
@@ -34,9 +34,9 @@ ODD_SHAPES = [
 def formulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What computes on a CPU: compiled C, or XLA's operations alone."""
     if request.param == "native":
-        assert native.available(), "a C compiler is needed to test the compiled convolutions"
+        assert winograd.available(), "a C compiler is needed to test the compiled convolutions"
     else:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(winograd, "available", lambda: False)
     return str(request.param)
 
 
@@ -111,7 +111,7 @@ def test_what_is_not_a_number_stays_none(formulation: str) -> None:
 
 
 def test_chunks_of_every_size_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(winograd, "available", lambda: False)
     arguments, cotangent = draw((6, 4, 4, 2, 3, 3, 3), "float32")
     expected = jax.vjp(reference, *arguments)[1](cotangent)[1]
     for pixels in (1, 16, 32, 48, 96, 1000):
@@ -207,7 +207,7 @@ def test_with_pooling_under_vmap(formulation: str) -> None:
 
 @pytest.mark.parametrize("function", [convolution_relu, convolution_relu_pool])
 def test_other_platforms_get_what_is_xlas_alone(function: Function) -> None:
-    assert native.available()
+    assert winograd.available()
     arguments, _ = draw((2, 6, 6, 2, 3, 3, 3), "float32")
     gradient = jax.jit(jax.grad(lambda *a: function(*a).sum(), argnums=(0, 1, 2)))
     for platform, calls_c in (("cpu", True), ("cuda", False)):
@@ -217,7 +217,7 @@ def test_other_platforms_get_what_is_xlas_alone(function: Function) -> None:
 
 def test_the_fused_operation_of_other_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced on a machine with a C compiler, and lowered for a device that has no use for it.
-    assert native.available()
+    assert winograd.available()
     choose = lax.platform_dependent
 
     def as_elsewhere(*arguments: Array, default: Function, **platforms: Function) -> Array:
@@ -229,7 +229,7 @@ def test_the_fused_operation_of_other_platforms(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_fused_operation_keeps_a_byte_for_each_square() -> None:
-    assert native.available()
+    assert winograd.available()
     (images, kernel, bias), _ = draw((2, 8, 8, 3, 16, 3, 3), "float32")
     _, vjp = jax.vjp(convolution_relu_pool, images, kernel, bias)
     kept = {(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(vjp)}

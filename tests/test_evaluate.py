@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from tinyvgg_jax import UserError, restore
 from tinyvgg_jax import evaluate as evaluation
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits
-from tinyvgg_jax.evaluate import evaluate, evaluate_run
+from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import TinyVGG, apply
-from tinyvgg_jax.runs import build_model
+from tinyvgg_jax.report.evaluation import evaluate_run
+from tinyvgg_jax.runs.restore import build_model
 from tinyvgg_jax.step import to_float
 
 
@@ -28,7 +29,7 @@ def network() -> tuple[TinyVGG, Any, Split]:
     return model, params, Split(images, rng.integers(3, size=53).astype(np.int32))
 
 
-@pytest.mark.parametrize("way", ["_evaluate_streamed", "_evaluate_resident"])
+@pytest.mark.parametrize("way", ["_evaluate_streamed", "_evaluate_on_device"])
 @pytest.mark.parametrize("batch_size", [1, 10, 53, 100])
 def test_metrics_are_exact_whatever_the_batch_size(
     network: tuple[TinyVGG, Any, Split],

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from tinyvgg_jax import Predictor, UserError, load_predictor
-from tinyvgg_jax.explain import explain, explain_file, grad_cam
 from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.report.explain import explain, explain_file, grad_cam
 
 Trained = tuple[Path, dict[str, Any]]
 

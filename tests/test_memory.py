@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvgg_jax.memory import give_back_freed_memory
+from tinyvgg_jax.system import trim_heap
 
 MIB = 2**20
 
@@ -26,11 +26,11 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     for block in blocks:
         libc.free(block)
     before = resident_bytes()
-    give_back_freed_memory()
+    trim_heap()
     assert resident_bytes() < before - 32 * MIB
     libc.free(last)
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    give_back_freed_memory()
+    trim_heap()

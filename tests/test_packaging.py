@@ -66,7 +66,7 @@ def test_a_wheel_holds_the_package_with_its_recipes_and_nothing_else(wheel: Path
     expected = {f"tinyvgg_jax/{name}" for name in files(ROOT / "tinyvgg_jax")}
     expected |= {f"tinyvgg_jax/configs/{name}" for name in files(ROOT / "configs")}
     assert package == expected
-    assert {"py.typed", "native/winograd.c", "report/page.html", "configs/quick.py"} <= {
+    assert {"py.typed", "ops/winograd.c", "report/page.html", "configs/quick.py"} <= {
         name.removeprefix("tinyvgg_jax/") for name in package
     }
 

@@ -16,8 +16,8 @@ from tinyvgg_jax import TinyVGG, data, train
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.data import Batch, Split, fits_on_device
 from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
-from tinyvgg_jax.pipeline import DevicePipeline, Keys, Progress, StreamPipeline, paced
-from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step
+from tinyvgg_jax.pipeline import CallResult, DevicePipeline, Keys, StreamPipeline, limit_queue
+from tinyvgg_jax.step import StepSums, TrainState, init_state, make_train_step
 from tinyvgg_jax.train import train_and_evaluate
 
 SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
@@ -32,7 +32,7 @@ def make_split() -> Split:
     return Split(images, rng.integers(5, size=NUMBER).astype(np.int32))
 
 
-def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepSums]:
     rotated = partial(augment, rotation_degrees=10.0, horizontal_flip=True)
     return make_train_step(SMALL, OPTIMIZER, rotated)(state, batch, key)
 
@@ -41,21 +41,21 @@ def keys(seed: int = 3) -> Keys:
     return Keys(order=jax.random.key(seed), step=jax.random.key(seed + 2))
 
 
-def seeing(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+def seeing(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepSums]:
     """A step whose parameters are the sum of all labels and pixels it saw, weighted by when."""
     seen = batch.labels.sum() + batch.images.astype(jnp.int32).sum()
     params = state.params + (state.step + 1) * seen
-    ones = Metrics(jnp.float32(1), jnp.int32(1), jnp.int32(BATCH_SIZE), jnp.int32(0))
+    ones = StepSums(jnp.float32(1), jnp.int32(1), jnp.int32(BATCH_SIZE), jnp.int32(0))
     return TrainState(state.step + 1, params, state.opt_state), ones
 
 
-def beginning(epoch: int = 0) -> tuple[TrainState, Metrics]:
+def beginning(epoch: int = 0) -> tuple[TrainState, StepSums]:
     init = partial(init_state, SMALL, OPTIMIZER, image_shape=(16, 16, 1))
     state = jax.jit(init)(jax.random.key(0))
-    return state._replace(step=jnp.int32(epoch * STEPS)), Metrics.zero()
+    return state._replace(step=jnp.int32(epoch * STEPS)), StepSums.zero()
 
 
-def run(pipeline: Any, state: TrainState, sums: Metrics, epoch: int, first_step: int = 0) -> Any:
+def run(pipeline: Any, state: TrainState, sums: StepSums, epoch: int, first_step: int = 0) -> Any:
     steps = []
     for now in pipeline.epoch(state, sums, epoch, first_step):
         state, sums = now.state, now.sums
@@ -98,7 +98,7 @@ def test_the_batches_are_the_same_from_any_step_on(steps_per_call: int, first_st
         DevicePipeline(seeing, split, BATCH_SIZE, keys(), steps_per_call),
     ):
         state = TrainState(jnp.int32(epoch * STEPS + first_step), jnp.int32(0), ())
-        ends.append(run(pipeline, state, Metrics.zero(), epoch, first_step))
+        ends.append(run(pipeline, state, StepSums.zero(), epoch, first_step))
     assert int(ends[0][0].params) == int(ends[1][0].params) != 0
     assert int(ends[1][1].examples) == (STEPS - first_step) * BATCH_SIZE
     assert int(ends[1][0].step) == (epoch + 1) * STEPS
@@ -107,7 +107,7 @@ def test_the_batches_are_the_same_from_any_step_on(steps_per_call: int, first_st
 def test_calls_are_of_one_length_and_say_how_far_they_are() -> None:
     pipeline = DevicePipeline(seeing, make_split(), BATCH_SIZE, keys(), 5)
     state = TrainState(jnp.int32(0), jnp.int32(0), ())
-    assert run(pipeline, state, Metrics.zero(), 0)[2] == [5, 10, 13]
+    assert run(pipeline, state, StepSums.zero(), 0)[2] == [5, 10, 13]
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])
@@ -136,13 +136,19 @@ def test_nothing_is_compiled_after_the_first_step(
     pipeline: str, config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    end_epoch = train._end_epoch
+    pipelines: list[Any] = []
+    make_pipeline, end_epoch = train.make_pipeline, train.end_epoch
 
-    def spy(run: Any, position: Any, epoch: int) -> dict[str, Any]:
-        sizes.append(run.pipeline._update._cache_size())
-        return end_epoch(run, position, epoch)
+    def keep(runs: Any) -> Any:
+        pipelines.append(make_pipeline(runs))
+        return pipelines[-1]
 
-    monkeypatch.setattr(train, "_end_epoch", spy)
+    def spy(run: Any, state: Any) -> dict[str, Any]:
+        sizes.append(pipelines[0]._update._cache_size())
+        return end_epoch(run, state)
+
+    monkeypatch.setattr(train, "make_pipeline", keep)
+    monkeypatch.setattr(train, "end_epoch", spy)
     config.data.pipeline = pipeline
     train_and_evaluate(config, tmp_path)
     assert sizes == [1, 1, 1]
@@ -208,7 +214,7 @@ def test_a_profile_goes_on_over_epochs_of_few_calls(
 
 def test_resident_data_are_the_splits() -> None:
     split = make_split()
-    batch = data.resident(split)
+    batch = data.on_device(split)
     assert isinstance(batch.images, jax.Array)
     np.testing.assert_array_equal(batch.images, split.images)
     np.testing.assert_array_equal(batch.labels, split.labels)
@@ -224,12 +230,12 @@ def test_calls_wait_in_a_short_queue(seconds: float, waiting: int) -> None:
             time.sleep(seconds)
             ended[0] += 1
 
-    def calls() -> Iterator[Progress]:
+    def calls() -> Iterator[CallResult]:
         state, sums = beginning()
         for number in range(20):
             called[0] += 1
-            yield Progress(state, sums, Done(), number)  # type: ignore[arg-type]
+            yield CallResult(state, sums, Done(), number)  # type: ignore[arg-type]
 
-    queues = [called[0] - ended[0] for _ in paced(calls())]
+    queues = [called[0] - ended[0] for _ in limit_queue(calls())]
     assert queues[0] == 1
     assert queues[-8:] == 8 * [waiting]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax import Array, lax
 
-from tinyvgg_jax.pooling import (
+from tinyvgg_jax.ops.pooling import (
     lean_max_pool_2x2,
     max_pool_2x2,
-    share_among_maxima,
-    which_are_maxima,
+    maxima_mask,
+    scatter_to_maxima,
 )
 
 Pooling = Callable[[Array], Array]
@@ -69,9 +69,9 @@ def test_the_gradient_keeps_nothing_but_input_and_output() -> None:
 def test_bits_tell_the_maxima(shape: tuple[int, int, int, int]) -> None:
     x = distinct(shape, jnp.float32).at[0, :2, :2, 0].set(100)
     output, vjp = jax.vjp(lean_max_pool_2x2, x)
-    maxima = which_are_maxima(x, output)
+    maxima = maxima_mask(x, output)
     assert maxima.dtype == jnp.uint8
     assert maxima[0, 0, 0, 0] == 0b1111
     gradient = distinct(output.shape, jnp.float32)
     share = gradient / jax.lax.population_count(maxima)
-    np.testing.assert_array_equal(share_among_maxima(share, maxima, shape[1:3]), vjp(gradient)[0])
+    np.testing.assert_array_equal(scatter_to_maxima(share, maxima, shape[1:3]), vjp(gradient)[0])

@@ -12,8 +12,13 @@ import pytest
 from conftest import CLASSES
 from PIL import Image
 
-from tinyvgg_jax.evaluate import Evaluated, evaluate_checkpoint, evaluation_content
-from tinyvgg_jax.report import page, plots, write_report
+from tinyvgg_jax.report import page, plots
+from tinyvgg_jax.report.evaluation import (
+    CheckpointEvaluation,
+    evaluate_checkpoint,
+    evaluation_content,
+)
+from tinyvgg_jax.report.page import write_report
 
 Trained = tuple[Path, dict[str, Any]]
 
@@ -26,7 +31,7 @@ def run(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def evaluated(run: Path) -> Evaluated:
+def evaluated(run: Path) -> CheckpointEvaluation:
     """An evaluation with mistakes, which the network on `bars` does not make."""
     evaluated = evaluate_checkpoint(run)
     labels = evaluated.data.labels
@@ -59,7 +64,9 @@ class _Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_is_whole_and_by_itself(run: Path, evaluated: Evaluated, trained: Trained) -> None:
+def test_the_page_is_whole_and_by_itself(
+    run: Path, evaluated: CheckpointEvaluation, trained: Trained
+) -> None:
     content = evaluation_content(evaluated)
     path = write_report(evaluated, content)
     assert path == run / "evaluation" / "report.html"
@@ -79,7 +86,7 @@ def test_the_page_is_whole_and_by_itself(run: Path, evaluated: Evaluated, traine
         assert row["class"] in parsed.text
 
 
-def test_the_pictures_are_beside_it(run: Path, evaluated: Evaluated) -> None:
+def test_the_pictures_are_beside_it(run: Path, evaluated: CheckpointEvaluation) -> None:
     write_report(evaluated, evaluation_content(evaluated))
     names = ["calibration", "confusion_matrix", "learning_curves", "right", "wrong"]
     assert sorted(p.stem for p in (run / "evaluation" / "test").iterdir()) == names
@@ -90,7 +97,7 @@ def test_the_pictures_are_beside_it(run: Path, evaluated: Evaluated) -> None:
             assert len(np.unique(np.asarray(image.convert("L")))) > 10, path
 
 
-def test_what_was_wrong_comes_by_confidence(evaluated: Evaluated) -> None:
+def test_what_was_wrong_comes_by_confidence(evaluated: CheckpointEvaluation) -> None:
     result = evaluated.result
     chosen = page._most_confidently_wrong(evaluated)
     assert (result.predicted[chosen] != evaluated.data.labels[chosen]).all()
@@ -103,7 +110,9 @@ def test_what_was_wrong_comes_by_confidence(evaluated: Evaluated) -> None:
     assert len(set(right.tolist())) == len(right) > 0
 
 
-def test_papers_figures_stand_beside_those_of_its_dataset(run: Path, evaluated: Evaluated) -> None:
+def test_papers_figures_stand_beside_those_of_its_dataset(
+    run: Path, evaluated: CheckpointEvaluation
+) -> None:
     before = (run / "summary.json").read_text()
     summary = json.loads(before)
     try:

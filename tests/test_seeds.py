@@ -13,11 +13,15 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from tinyvgg_jax import InterruptedRunError, UserError, restore, train, train_and_evaluate
-from tinyvgg_jax.data import load_splits
-from tinyvgg_jax.evaluate import SPLITS, evaluate, evaluate_checkpoint, evaluate_seeds
+from tinyvgg_jax.data import SPLITS, load_splits
+from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import apply
 from tinyvgg_jax.pipeline import DevicePipeline
-from tinyvgg_jax.seeds import statistics_of
+from tinyvgg_jax.report.evaluation import (
+    evaluate_checkpoint,
+    evaluate_seeds,
+)
+from tinyvgg_jax.runs.seeds import statistics_of
 from tinyvgg_jax.step import to_float
 
 MEASURED = [f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")]
@@ -38,7 +42,7 @@ def modern(config: ConfigDict) -> ConfigDict:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator."""
-    monkeypatch.setattr(train, "_at_once", lambda members: True)
+    monkeypatch.setattr(train, "_accelerated", lambda: True)
 
 
 def params_of(workdir: Path) -> Any:
@@ -53,7 +57,7 @@ def test_all_at_once_is_each_alone_to_rounding(
     modern: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_by_one = train_and_evaluate(modern, tmp_path / "in turn")
-    monkeypatch.setattr(train, "_at_once", lambda members: True)
+    monkeypatch.setattr(train, "_accelerated", lambda: True)
     together = train_and_evaluate(modern, tmp_path / "together")
     for seed in (5, 6):
         ours, theirs = (tmp_path / name / f"seed_{seed}" for name in ("together", "in turn"))

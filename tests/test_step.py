@@ -13,7 +13,7 @@ from tinyvgg_jax.data import Batch
 from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import apply
 from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
-from tinyvgg_jax.step import Metrics, TrainState, init_state, make_train_step
+from tinyvgg_jax.step import StepSums, TrainState, init_state, make_train_step
 
 SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
 
@@ -85,10 +85,10 @@ def test_the_augmentation_gets_a_key_of_its_own_at_each_step_and_images_in_0_to_
 
 
 def test_metrics_add_and_remember_the_first_divergence() -> None:
-    a = Metrics(jnp.float32(1), jnp.int32(2), jnp.int32(3), jnp.int32(0))
-    b = Metrics(jnp.float32(10), jnp.int32(20), jnp.int32(30), jnp.int32(7))
+    a = StepSums(jnp.float32(1), jnp.int32(2), jnp.int32(3), jnp.int32(0))
+    b = StepSums(jnp.float32(10), jnp.int32(20), jnp.int32(30), jnp.int32(7))
     c = b._replace(diverged_at=jnp.int32(8))
-    total = Metrics.zero().plus(a).plus(b).plus(c)
+    total = StepSums.zero().plus(a).plus(b).plus(c)
     assert [float(value) for value in total] == [21, 42, 63, 7]
 
 
@@ -99,7 +99,7 @@ def test_keys_of_different_names_differ() -> None:
 
 def first_step(
     model: TinyVGG = SMALL, average: bool = False, **settings: Any
-) -> tuple[TrainState, TrainState, Metrics]:
+) -> tuple[TrainState, TrainState, StepSums]:
     """The state before and after a step of gradient descent, and its metrics."""
     optimizer = optax.sgd(0.1)
     init = partial(init_state, model, optimizer, image_shape=(16, 16, 1), average=average)

@@ -17,12 +17,16 @@ from ml_collections import ConfigDict
 
 from tinyvgg_jax import TinyVGG, train
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.checkpoint import Checkpoints
 from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.evaluate import evaluate
-from tinyvgg_jax.pipeline import DevicePipeline, Progress
-from tinyvgg_jax.runs import abstract_params
+from tinyvgg_jax.pipeline import CallResult, DevicePipeline
+from tinyvgg_jax.report.progress import tensorboard_scalars
+from tinyvgg_jax.runs import folder as run_folder
+from tinyvgg_jax.runs import run
+from tinyvgg_jax.runs.checkpoint import Checkpoints
+from tinyvgg_jax.runs.restore import abstract_params
+from tinyvgg_jax.signals import stop_signals
 from tinyvgg_jax.step import make_train_step
 from tinyvgg_jax.train import train_and_evaluate
 
@@ -97,7 +101,7 @@ def test_tensorboard_has_the_records_figures(config: ConfigDict, tmp_path: Path)
     record = {"step": 8, "learning_rate": 0.1, "images_per_second": 5.0}
     record |= {"train_loss": 1.0, "train_accuracy": 0.2, "validation_loss": 3.0}
     record |= {"validation_accuracy": 0.4}
-    train.reporting.tensorboard_scalars(Writer(), record)  # type: ignore[attr-defined]
+    tensorboard_scalars(Writer(), record)
     assert sorted(written) == [
         ("accuracy/train", 0.2, 8),
         ("accuracy/validation", 0.4, 8),
@@ -181,7 +185,7 @@ def test_a_signal_saves_and_the_same_call_goes_on_bit_for_bit(
 
     epoch = DevicePipeline.epoch
 
-    def interrupting(*arguments: Any) -> Iterator[Progress]:
+    def interrupting(*arguments: Any) -> Iterator[CallResult]:
         nonlocal seen
         for now in epoch(*arguments):
             seen += 1
@@ -209,7 +213,8 @@ def without_steps(content: dict[str, Any]) -> dict[str, Any]:
 KILL = """
 import json, os, signal, sys, time
 from pathlib import Path
-from tinyvgg_jax import checkpoint, train
+from tinyvgg_jax import train
+from tinyvgg_jax.runs import checkpoint
 from tinyvgg_jax.pipeline import DevicePipeline
 
 config, workdir, where, count = sys.argv[1:]
@@ -324,7 +329,7 @@ def test_a_run_does_not_go_on_with_other_data(config: ConfigDict, tmp_path: Path
 
 
 def test_a_second_signal_acts_at_once() -> None:
-    with train._stop_signal() as received:
+    with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGINT)
         assert received == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
@@ -355,7 +360,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 
         return poisoned_step
 
-    monkeypatch.setattr(train, "make_train_step", poisoned)
+    monkeypatch.setattr(run, "make_train_step", poisoned)
     with pytest.raises(DivergedError, match="not a finite number at step 11") as caught:
         train_and_evaluate(config, tmp_path)
     assert caught.value.step == 11
@@ -407,7 +412,7 @@ def test_a_folder_that_cannot_be_written_is_said(config: ConfigDict, tmp_path: P
 
 
 def test_two_runs_in_one_folder_are_refused(config: ConfigDict, tmp_path: Path) -> None:
-    with train._alone_in(tmp_path), pytest.raises(UserError, match="another process is training"):
+    with run_folder.locked(tmp_path), pytest.raises(UserError, match="another process is training"):
         train_and_evaluate(config, tmp_path)
     config.num_epochs = 1
     train_and_evaluate(config, tmp_path)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tinyvgg_jax.predict import Predictions as Predictions
     from tinyvgg_jax.predict import Predictor as Predictor
     from tinyvgg_jax.predict import load_predictor as load_predictor
-    from tinyvgg_jax.runs import restore as restore
+    from tinyvgg_jax.runs.restore import restore as restore
     from tinyvgg_jax.train import train_and_evaluate as train_and_evaluate
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ _HOME = {
     "Predictions": "tinyvgg_jax.predict",
     "Predictor": "tinyvgg_jax.predict",
     "load_predictor": "tinyvgg_jax.predict",
-    "restore": "tinyvgg_jax.runs",
+    "restore": "tinyvgg_jax.runs.restore",
     "train_and_evaluate": "tinyvgg_jax.train",
 }
 __all__ = [

@@ -1,85 +1,179 @@
-"""The config of a run: what may stand in it, how it is kept, and where two of them differ."""
+"""The config of a run: one table of its fields, their checks, and how it is kept as JSON."""
 
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from tinyvgg_jax.errors import UserError
 
-DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("sgd", "muon")
-SCHEDULES = ("exponential", "cosine", "linear")
-KERNEL_INITS = ("lecun_normal", "he_normal", "orthogonal")
-PIPELINES = ("auto", "device", "stream")
-# Where the data lies is not part of what a run computes.
-_NOT_COMPARED = ("profile", "data.data_dir", "data.source_dir")
-# What was true of configs before these fields came.
-_ONCE: dict[str, Any] = {
-    "profile": False,
-    "num_seeds": 1,
-    "optimizer": "sgd",
-    "nesterov": False,
-    "weight_decay": 0.0,
-    "gradient_clipping": 0.0,
-    "schedule": "exponential",
-    "warmup_epochs": 0.0,
-    "label_smoothing": 0.0,
-    "ema_decay": 0.0,
-    "model.dropout": 0.0,
-    "model.kernel_init": "lecun_normal",
-    "augment.alternating_flip": False,
-    "augment.shift_pixels": 0,
-    "augment.cutout_size": 0,
-    "augment.mixup_alpha": 0.0,
-}
+# A field that every config.json has ever had.
+REQUIRED: Any = object()
 
-# Every field and its type.
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "seed": int,
-    "num_seeds": int,
-    "num_epochs": int,
-    "batch_size": int,
-    "learning_rate": float,
-    "learning_rate_decay": float,
-    "schedule": str,
-    "warmup_epochs": float,
-    "optimizer": str,
-    "momentum": float,
-    "nesterov": bool,
-    "weight_decay": float,
-    "gradient_clipping": float,
-    "label_smoothing": float,
-    "ema_decay": float,
-    "dtype": str,
-    "profile": bool,
-    "model.widths": tuple,
-    "model.convs_per_block": int,
-    "model.hidden": int,
-    "model.dropout": float,
-    "model.kernel_init": str,
-    "augment.rotation_degrees": float,
-    "augment.horizontal_flip": bool,
-    "augment.alternating_flip": bool,
-    "augment.shift_pixels": int,
-    "augment.cutout_size": int,
-    "augment.mixup_alpha": float,
-    "data.name": str,
-    "data.data_dir": (str, type(None)),
-    "data.source_dir": (str, type(None)),
-    "data.pipeline": str,
-    "data.train_split": str,
-    "data.validation_split": str,
-    "data.test_split": str,
+
+class Check(NamedTuple):
+    """A condition on a value, and its words in a message: "config.X must be ...".
+
+    Attributes:
+        holds: whether a value meets the condition.
+        words: what a value must be; a function where they are expensive to know.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str | Callable[[], str]
+
+
+class Field(NamedTuple):
+    """A field of a config.
+
+    Attributes:
+        kind: its type, or several types.
+        meaning: one line for people.
+        checks: conditions on its value, checked in this order.
+        value_before: value assumed for a config.json written before the field existed.
+        affects_result: whether a run with another value is another run.
+    """
+
+    kind: type | tuple[type, ...]
+    meaning: str
+    checks: tuple[Check, ...] = ()
+    value_before: Any = REQUIRED
+    affects_result: bool = True
+
+
+def _within(low: float, high: float, words: str) -> Check:
+    return Check(lambda value: low <= value <= high, words)
+
+
+def _one_of(*names: str) -> Check:
+    return Check(lambda value: value in names, "one of " + ", ".join(names))
+
+
+def _one_that_is_named_in(module: str, names: str) -> Check:
+    """A choice whose names stand where they are implemented, which is imported when needed."""
+
+    def known() -> tuple[str, ...]:
+        return tuple(getattr(import_module(f"tinyvgg_jax.{module}"), names))
+
+    return Check(lambda value: value in known(), lambda: "one of " + ", ".join(known()))
+
+
+_AT_LEAST_1 = Check(lambda value: value >= 1, "at least 1")
+# Beyond this, a typing error would end in a full memory and not in a message.
+_AT_MOST_A_MILLION = Check(lambda value: value <= 1_000_000, "at most 1,000,000")
+_POSITIVE = Check(lambda value: math.isfinite(value) and value > 0, "a positive number")
+_NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "0 or a positive number")
+_FRACTION = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1")
+_PIXELS = _within(0, 10_000, "from 0 to 10,000")
+_WIDTHS = Check(
+    lambda widths: (
+        bool(widths) and all(type(width) is int and 1 <= width <= 100_000 for width in widths)
+    ),
+    "a tuple of whole numbers from 1 to 100,000",
+)
+_NOT_EMPTY = Check(bool, "the name of a dataset")
+_FOLDER = (str, type(None))
+
+FIELDS: dict[str, Field] = {
+    "seed": Field(
+        int,
+        "seed of all randomness of the run",
+        (_within(0, 2**32 - 1, "from 0 to 4294967295"),),
+    ),
+    "num_seeds": Field(
+        int,
+        "number of runs, with this seed, the next, and so on",
+        (_within(1, 1000, "from 1 to 1000"),),
+        value_before=1,
+    ),
+    "num_epochs": Field(int, "passes over the train split", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
+    "batch_size": Field(int, "images a step", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
+    "learning_rate": Field(float, "highest learning rate", (_POSITIVE,)),
+    "learning_rate_decay": Field(
+        float, "factor of the learning rate from one epoch to the next", (_POSITIVE,)
+    ),
+    "schedule": Field(
+        str,
+        "how the learning rate falls",
+        (_one_that_is_named_in("optimizer", "SCHEDULES"),),
+        value_before="exponential",
+    ),
+    "warmup_epochs": Field(
+        float, "epochs in which the learning rate rises from 0", (), value_before=0.0
+    ),
+    "optimizer": Field(
+        str,
+        "what turns gradients into updates",
+        (_one_that_is_named_in("optimizer", "OPTIMIZERS"),),
+        value_before="sgd",
+    ),
+    "momentum": Field(float, "decay of the accumulated gradients", (_FRACTION,)),
+    "nesterov": Field(bool, "whether the momentum is Nesterov's", value_before=False),
+    "weight_decay": Field(float, "decay of the kernels", (_NOT_NEGATIVE,), value_before=0.0),
+    "gradient_clipping": Field(
+        float, "upper bound of the gradients' norm, or 0", (_NOT_NEGATIVE,), value_before=0.0
+    ),
+    "label_smoothing": Field(
+        float, "share of each target spread over all classes", (_FRACTION,), value_before=0.0
+    ),
+    "ema_decay": Field(
+        float, "decay of a moving average of the parameters, or 0", (_FRACTION,), value_before=0.0
+    ),
+    "dtype": Field(str, "dtype of the computation", (_one_of("float32", "bfloat16"),)),
+    "profile": Field(
+        bool, "whether to write a trace of some steps", value_before=False, affects_result=False
+    ),
+    "model.widths": Field(tuple, "filters of each block's convolutions", (_WIDTHS,)),
+    "model.convs_per_block": Field(
+        int,
+        "convolutions in each block",
+        (_AT_LEAST_1, Check(lambda value: value <= 100, "at most 100")),
+    ),
+    "model.hidden": Field(
+        int, "width of the dense layer before the last", (_AT_LEAST_1, _AT_MOST_A_MILLION)
+    ),
+    "model.dropout": Field(
+        float, "share of the dense layers' inputs that is dropped", (_FRACTION,), value_before=0.0
+    ),
+    "model.kernel_init": Field(
+        str,
+        "distribution of the kernels at the start",
+        (_one_that_is_named_in("model", "KERNEL_INITS"),),
+        value_before="lecun_normal",
+    ),
+    "augment.rotation_degrees": Field(
+        float, "largest angle of a random rotation", (_within(0, 180, "from 0 to 180"),)
+    ),
+    "augment.horizontal_flip": Field(bool, "whether half of the images are mirrored, at random"),
+    "augment.alternating_flip": Field(
+        bool, "whether each image is mirrored every other epoch instead", value_before=False
+    ),
+    "augment.shift_pixels": Field(int, "largest random shift", (_PIXELS,), value_before=0),
+    "augment.cutout_size": Field(
+        int, "side of a square that is blackened", (_PIXELS,), value_before=0
+    ),
+    "augment.mixup_alpha": Field(
+        float, "how much images are mixed with others, or 0", (_NOT_NEGATIVE,), value_before=0.0
+    ),
+    "data.name": Field(str, "the tfds dataset", (_NOT_EMPTY,)),
+    "data.data_dir": Field(_FOLDER, "tfds's folder of datasets", affects_result=False),
+    "data.source_dir": Field(_FOLDER, "folder of IDX files to prepare from", affects_result=False),
+    "data.pipeline": Field(
+        str, "where the images wait for their steps", (_one_of("auto", "device", "stream"),)
+    ),
+    "data.train_split": Field(str, "what is trained on"),
+    "data.validation_split": Field(str, "what is evaluated after every epoch"),
+    "data.test_split": Field(str, "what is evaluated at the end"),
 }
 
 
 def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
-    """A frozen copy of a config in which every field is there, of its type and in its range.
+    """Copies a config in which every field is there, of its type and in its range, and locks it.
 
     Args:
         config: the fields of `configs/default.py`.
@@ -90,38 +184,40 @@ def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     Raises:
         UserError: naming the first field that is missing, unknown or wrong.
     """
-    given = _ONCE | dict(_flatten(config))
+    before = {
+        name: field.value_before
+        for name, field in FIELDS.items()
+        if field.value_before is not REQUIRED
+    }
+    given = before | dict(_flatten(config))
     for name in given:
         if name not in FIELDS:
             raise UserError(f"unknown config field {name!r}{suggestion(name, FIELDS)}")
     values = {}
-    for name, kind in FIELDS.items():
+    for name, field in FIELDS.items():
         if name not in given:
             raise UserError(f"the config has no field {name!r}.")
-        values[name] = _of_type(name, given[name], kind)
-    _check_ranges(values)
+        values[name] = _of_type(name, given[name], field.kind)
+        for check in field.checks:
+            _require(name, values[name], check)
+    _check_together(values)
     result = ConfigDict()
     for name, value in values.items():
-        section, _, field = name.rpartition(".")
+        section, _, field_name = name.rpartition(".")
         if section and section not in result:
             result[section] = ConfigDict()
-        (result[section] if section else result)[field] = value
+        (result[section] if section else result)[field_name] = value
     return result.lock()
 
 
 def suggestion(word: str, known: Any) -> str:
-    """`; did you mean 'x'?` with the nearest of the known words, or a full stop."""
+    """Ends a sentence with `; did you mean 'x'?`, the nearest known word, or a full stop."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
-def to_json(config: ConfigDict) -> str:
-    """The config as JSON text."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
-
-
 def from_file(path: Path) -> ConfigDict:
-    """Reads a config that `to_json` wrote.
+    """Reads a run's config.json.
 
     Raises:
         UserError: if there is none, or it is not a valid config.
@@ -138,9 +234,9 @@ def from_file(path: Path) -> ConfigDict:
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
-    """One text for each field that differs and matters to the result, like `seed: 1, not 0`."""
+    """Lists the fields that differ and affect the result, like `seed: 1, not 0`."""
     a, b = dict(_flatten(ours)), dict(_flatten(theirs))
-    names = [name for name in FIELDS if name not in _NOT_COMPARED and a[name] != b[name]]
+    names = [name for name in FIELDS if FIELDS[name].affects_result and a[name] != b[name]]
     return [f"{name}: {a[name]!r}, not {b[name]!r}" for name in names]
 
 
@@ -158,7 +254,7 @@ def _of_type(name: str, value: Any, kind: Any) -> Any:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
-    if value in ("None", "") and kind == (str, type(None)):
+    if kind is _FOLDER and value in ("None", ""):
         # This is how None is said on a command line.
         value = None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -168,41 +264,21 @@ def _of_type(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def _check_ranges(values: dict[str, Any]) -> None:
-    def require(name: str, holds: bool, what: str) -> None:
-        if not holds:
-            raise UserError(f"config.{name} must be {what}, not {values[name]!r}.")
+def _require(name: str, value: Any, check: Check) -> None:
+    if not check.holds(value):
+        words = check.words if isinstance(check.words, str) else check.words()
+        raise UserError(f"config.{name} must be {words}, not {value!r}.")
 
-    for name in ("num_epochs", "batch_size", "model.convs_per_block", "model.hidden"):
-        require(name, values[name] >= 1, "at least 1")
-    # Beyond these, a typing error would end in a full memory and not in a message.
-    for name in ("model.hidden", "batch_size", "num_epochs"):
-        require(name, values[name] <= 1_000_000, "at most 1,000,000")
-    require("model.convs_per_block", values["model.convs_per_block"] <= 100, "at most 100")
-    require("seed", 0 <= values["seed"] < 2**32, "from 0 to 4294967295")
-    for name in ("learning_rate", "learning_rate_decay"):
-        require(name, math.isfinite(values[name]) and values[name] > 0, "a positive number")
-    require("num_seeds", 1 <= values["num_seeds"] <= 1000, "from 1 to 1000")
-    require("seed", values["seed"] + values["num_seeds"] <= 2**32, "low enough for all seeds")
-    for name in ("momentum", "label_smoothing", "ema_decay", "model.dropout"):
-        require(name, 0 <= values[name] < 1, "at least 0 and less than 1")
-    for name in ("weight_decay", "gradient_clipping", "augment.mixup_alpha"):
-        require(name, 0 <= values[name] < math.inf, "0 or a positive number")
-    warmup, epochs = values["warmup_epochs"], values["num_epochs"]
-    require("warmup_epochs", 0 <= warmup <= epochs, "from 0 to config.num_epochs")
-    for name in ("augment.shift_pixels", "augment.cutout_size"):
-        require(name, 0 <= values[name] <= 10_000, "from 0 to 10,000")
-    for name, known in (
-        ("optimizer", OPTIMIZERS),
-        ("schedule", SCHEDULES),
-        ("model.kernel_init", KERNEL_INITS),
-    ):
-        require(name, values[name] in known, "one of " + ", ".join(known))
-    require("dtype", values["dtype"] in DTYPES, "one of " + ", ".join(DTYPES))
-    widths = values["model.widths"]
-    whole = all(type(width) is int and 1 <= width <= 100_000 for width in widths)
-    require("model.widths", bool(widths) and whole, "a tuple of whole numbers from 1 to 100,000")
-    rotation = values["augment.rotation_degrees"]
-    require("augment.rotation_degrees", 0 <= rotation <= 180, "from 0 to 180")
-    require("data.pipeline", values["data.pipeline"] in PIPELINES, "one of " + ", ".join(PIPELINES))
-    require("data.name", bool(values["data.name"]), "the name of a dataset")
+
+def _check_together(values: dict[str, Any]) -> None:
+    """Checks what concerns more than one field."""
+    _require(
+        "seed",
+        values["seed"],
+        Check(lambda seed: seed + values["num_seeds"] <= 2**32, "low enough for all seeds"),
+    )
+    _require(
+        "warmup_epochs",
+        values["warmup_epochs"],
+        _within(0, values["num_epochs"], "from 0 to config.num_epochs"),
+    )

@@ -7,21 +7,17 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax import reporting
-from tinyvgg_jax.cache import keep_compiled_programs
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.paths import local_path
 
-MODES = ("train", "eval", "predict", "explain", "compare", "prepare")
-# Modes that take files or folders, and what these are.
-_WITH_PATHS = {"predict": "IMAGE...", "explain": "IMAGE", "compare": "RUN RUN..."}
 USAGE = """\
 Train Tiny VGG, or go on with a run that was interrupted:
   python -m tinyvgg_jax.main --config default [--workdir runs/default]
@@ -56,7 +52,7 @@ except flags.Error as error:
     print(f"tinyvgg_jax: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
     sys.exit(2)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/NAME-OF-CONFIG.")
-_MODE = flags.DEFINE_string("mode", "train", "One of: " + ", ".join(MODES) + ".")
+_MODE = flags.DEFINE_string("mode", "train", "What to do, see --help.")
 _SPLIT = flags.DEFINE_string("split", "test", "Train, validation or test.")
 _STEP = flags.DEFINE_string("step", None, "A number of optimizer steps, latest or best.")
 _FLIP_AVERAGING = flags.DEFINE_bool(
@@ -65,47 +61,6 @@ _FLIP_AVERAGING = flags.DEFINE_bool(
 _JSON = flags.DEFINE_bool("json", False, "For predict: an object a line instead of a table.")
 _INVERT = flags.DEFINE_string("invert", "auto", "Whether pictures are dark on light.")
 _OUTPUT = flags.DEFINE_string("output", None, "For explain and compare: the PNG to write.")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit status.
-
-    0: done. 1: the loss diverged, or some of the pictures could not be read. 2: something the user
-    can put right. 128 + N: signal N, after saving.
-    """
-    argv = sys.argv if argv is None else argv
-    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
-        recipes = ", ".join(sorted(_RECIPES))
-        print(USAGE.format(recipes=recipes, default=_RECIPES["default"]), end="")
-        return 0
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
-    # Orbax logs every failure with its traceback; it also raises it, and that is what we show.
-    for library in ("absl", "asyncio"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _show_unraisable
-    # A notebook names a backend of its own, which is not there outside of it. Nothing is shown in
-    # a window here.
-    os.environ["MPLBACKEND"] = "agg"
-    try:
-        paths = _parse(argv)
-        if _MODE.value in _WITH_PATHS:
-            modes = {"predict": _predict, "explain": _explain, "compare": _compare}
-            return modes[_MODE.value](paths)
-        {"train": _train, "eval": _evaluate, "prepare": _prepare}[_MODE.value]()
-    except UserError as error:
-        return _fail(error, 2)
-    except DivergedError as error:
-        return _fail(error, 1)
-    except InterruptedRunError as error:
-        return _fail(error, 128 + error.signal_number)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing that was saved is lost.", 130)
-    except BrokenPipeError:
-        # Whoever reads the output, like `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    return 0
 
 
 def _show_unraisable(unraisable: Any) -> None:
@@ -145,15 +100,16 @@ def _parse(argv: list[str]) -> list[str]:
     except (Exception, SystemExit) as error:
         # A config file is Python: anything may come out of it.
         raise UserError(f"the config is not right: {_origin(error)}{error}") from error
-    if _MODE.value not in MODES:
+    mode = MODES.get(_MODE.value)
+    if mode is None:
         raise UserError(
             f"unknown mode {_MODE.value!r}; one of {', '.join(MODES)}"
             + config_lib.suggestion(_MODE.value, MODES)
         )
-    if len(rest) > 1 and _MODE.value not in _WITH_PATHS:
+    if len(rest) > 1 and not mode.paths:
         raise UserError(f"unexpected argument {rest[1]!r} (--help shows the usage)")
-    if len(rest) == 1 and _MODE.value in _WITH_PATHS:
-        raise UserError(f"--mode {_MODE.value} needs {_WITH_PATHS[_MODE.value]} (see --help).")
+    if len(rest) == 1 and mode.paths:
+        raise UserError(f"--mode {_MODE.value} needs {mode.paths} (see --help).")
     return rest[1:]
 
 
@@ -208,41 +164,10 @@ def _config() -> ConfigDict:
 
 
 def _start_jax() -> None:
-    """Makes JAX find its devices, which it would do wherever the first array is made."""
-    import jax
+    from tinyvgg_jax.system import enable_compilation_cache, require_device
 
-    try:
-        jax.devices()
-    except Exception as error:
-        # A platform that is not installed is a failed assertion within JAX.
-        wanted = os.environ.get("JAX_PLATFORMS", "any platform")
-        raise UserError(
-            f"JAX finds no device of {wanted}, as JAX_PLATFORMS asks. Leave it unset, or install "
-            f"what belongs to that platform, like tinyvgg-jax[cuda]. {str(error).strip()}"
-        ) from error
-    keep_compiled_programs()
-
-
-# The modes import what they need themselves: a mistyped flag is answered at once.
-
-
-def _prepare() -> None:
-    data = _config().data
-    from tinyvgg_jax.data import load_splits
-
-    wanted = {name: data[f"{name}_split"] for name in ("train", "validation", "test")}
-    splits, info = load_splits(data.name, wanted, data.data_dir, data.source_dir)
-    for name, split in splits.items():
-        print(f"{name:<12} {len(split):>7,} images of {info.image_shape}  {wanted[name]}")
-
-
-def _train() -> None:
-    config, workdir = _config(), _workdir()
-    from tinyvgg_jax.train import train_and_evaluate
-
-    _start_jax()
-    summary = train_and_evaluate(config, workdir)
-    print(reporting.summary_table(summary, workdir))
+    require_device()
+    enable_compilation_cache()
 
 
 def _run() -> Path:
@@ -264,47 +189,74 @@ def _invert() -> str:
     return _INVERT.value
 
 
-def _where_data_is() -> tuple[str | None, str | None]:
-    """With a config, the data is looked for where that says; all else is the run's own."""
+def _data_folders() -> Any:
+    """Where the data lies by the config that is given beside the run, if one is."""
+    from tinyvgg_jax.report.evaluation import DataFolders
+
     data = {} if _CONFIG.value is None else _CONFIG.value.data
-    return data.get("data_dir"), data.get("source_dir")
+    return DataFolders(data.get("data_dir"), data.get("source_dir"))
 
 
-def _evaluate() -> None:
-    workdir, step = _run(), _step("latest")
-    from tinyvgg_jax import evaluate as lib
-    from tinyvgg_jax.runs import run_config
+# The modes. Each imports what it needs itself, so that a mistyped flag is answered at once.
+
+
+def _train(_: list[str]) -> int:
+    config, workdir = _config(), _workdir()
+    from tinyvgg_jax.report.tables import summary_table
+    from tinyvgg_jax.train import train_and_evaluate
 
     _start_jax()
-    split = _SPLIT.value
-    lib.check_split(split)
-    arguments = (workdir, split, step, *_where_data_is(), _FLIP_AVERAGING.value)
-    # Printed before it is written: a run may lie where nothing can be written.
-    if run_config(workdir).num_seeds > 1:
-        contents = lib.evaluate_seeds(*arguments)
-        print(reporting.seeds_table(contents[workdir], split), flush=True)
-        for folder, content in contents.items():
-            lib.write_evaluation(folder, split, content)
-        return
-    evaluated = lib.evaluate_checkpoint(*arguments)
-    content = lib.evaluation_content(evaluated)
-    print(reporting.evaluation_table(content, split), flush=True)
-    lib.write_evaluation(workdir, split, content)
-    from tinyvgg_jax.report import write_report
+    summary = train_and_evaluate(config, workdir)
+    print(summary_table(summary, workdir))
+    return 0
 
+
+def _prepare(_: list[str]) -> int:
+    data = _config().data
+    from tinyvgg_jax.data import SPLITS, load_splits
+
+    wanted = {name: data[f"{name}_split"] for name in SPLITS}
+    splits, info = load_splits(data.name, wanted, data.data_dir, data.source_dir)
+    for name, split in splits.items():
+        print(f"{name:<12} {len(split):>7,} images of {info.image_shape}  {wanted[name]}")
+    return 0
+
+
+def _evaluate(_: list[str]) -> int:
+    workdir, step, split = _run(), _step("latest"), _SPLIT.value
+    from tinyvgg_jax.report import evaluation, tables
+    from tinyvgg_jax.report.page import write_report
+    from tinyvgg_jax.runs.restore import run_config
+
+    _start_jax()
+    evaluation.check_split(split)
+    arguments = (workdir, split, step, _data_folders(), _FLIP_AVERAGING.value)
+    # The figures are printed before they are written, since a run may lie in a read-only folder.
+    if run_config(workdir).num_seeds > 1:
+        contents = evaluation.evaluate_seeds(*arguments)
+        print(tables.seeds_table(contents[workdir], split), flush=True)
+        for folder, content in contents.items():
+            evaluation.write_evaluation(folder, split, content)
+        return 0
+    evaluated = evaluation.evaluate_checkpoint(*arguments)
+    content = evaluation.evaluation_content(evaluated)
+    print(tables.evaluation_table(content, split), flush=True)
+    evaluation.write_evaluation(workdir, split, content)
     print(f"report: {write_report(evaluated, content)}")
+    return 0
 
 
 def _predict(paths: list[str]) -> int:
     workdir, step, invert = _run(), _step("best"), _invert()
     from tinyvgg_jax.predict import load_predictor, predict_files
+    from tinyvgg_jax.report.tables import PredictionTable
 
     _start_jax()
     # A file's name may be anything.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     predictor = load_predictor(workdir, step)
     status = 0
-    table = None if _JSON.value else reporting.PredictionTable(predictor.class_names)
+    table = None if _JSON.value else PredictionTable(predictor.class_names)
     for answer in predict_files(predictor, paths, invert):
         if isinstance(answer, UserError):
             status = _fail(answer, 1)
@@ -319,7 +271,7 @@ def _explain(paths: list[str]) -> int:
     workdir, step, invert = _run(), _step("best"), _invert()
     if len(paths) > 1:
         raise UserError(f"--mode explain takes one picture, not {len(paths)}.")
-    from tinyvgg_jax.explain import explain_file
+    from tinyvgg_jax.report.explain import explain_file
 
     _start_jax()
     print(explain_file(workdir, paths[0], _OUTPUT.value, invert, step))
@@ -328,13 +280,72 @@ def _explain(paths: list[str]) -> int:
 
 def _compare(paths: list[str]) -> int:
     step = _step("latest")
-    from tinyvgg_jax.compare import compare_runs, comparison_table, write_comparison
+    from tinyvgg_jax.report.compare import compare_runs, comparison_table, write_comparison
 
     _start_jax()
-    comparison = compare_runs(paths, _SPLIT.value, step, *_where_data_is())
+    comparison = compare_runs(paths, _SPLIT.value, step, _data_folders())
     print(comparison_table(comparison))
     print(f"plot: {write_comparison(comparison, _OUTPUT.value or 'comparison.png')}")
     return 0
+
+
+class Mode(NamedTuple):
+    """A mode of the command line.
+
+    Attributes:
+        run: takes the paths on the command line and returns the exit status.
+        paths: what these paths are; empty for a mode that takes none.
+    """
+
+    run: Callable[[list[str]], int]
+    paths: str = ""
+
+
+MODES = {
+    "train": Mode(_train),
+    "eval": Mode(_evaluate),
+    "predict": Mode(_predict, "IMAGE..."),
+    "explain": Mode(_explain, "IMAGE"),
+    "compare": Mode(_compare, "RUN RUN..."),
+    "prepare": Mode(_prepare),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    0: done. 1: the loss diverged, or some of the pictures could not be read. 2: something the user
+    can put right. 128 + N: signal N, after saving.
+    """
+    argv = sys.argv if argv is None else argv
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
+        recipes = ", ".join(sorted(_RECIPES))
+        print(USAGE.format(recipes=recipes, default=_RECIPES["default"]), end="")
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
+    # Orbax logs every failure with its traceback; it also raises it, and that is what we show.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _show_unraisable
+    # A notebook names a backend of its own, which is not there outside of it. Nothing is shown in
+    # a window here.
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        paths = _parse(argv)
+        return MODES[_MODE.value].run(paths)
+    except UserError as error:
+        return _fail(error, 2)
+    except DivergedError as error:
+        return _fail(error, 1)
+    except InterruptedRunError as error:
+        return _fail(error, 128 + error.signal_number)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing that was saved is lost.", 130)
+    except BrokenPipeError:
+        # Whoever reads the output, like `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tinyvgg_jax.convolution import (
+from tinyvgg_jax.ops.convolution import (
     convolution_relu,
     convolution_relu_pool,
     plain_convolution_relu,
 )
-from tinyvgg_jax.pooling import max_pool_2x2
+from tinyvgg_jax.ops.pooling import max_pool_2x2
 
 # Of variance 1 / fan-in (Flax's own choice); twice that, for ReLU (He et al., arXiv:1502.01852);
 # and orthogonal, with the gain for ReLU (Saxe et al., arXiv:1312.6120).
@@ -70,6 +71,11 @@ def apply(model: nn.Module, params: Any, images: Array, dropout_key: Array | Non
     return cast(Array, model.apply({"params": params}, images, train=True, rngs=rngs))
 
 
+def count_parameters(params: Any) -> int:
+    """Counts the numbers in a tree of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 class TinyVGG(nn.Module):
     """A small VGG (Simonyan & Zisserman, arXiv:1409.1556) without batch normalisation.
 
@@ -106,10 +112,15 @@ class TinyVGG(nn.Module):
         super().__post_init__()
 
     def setup(self) -> None:
-        for block, width in enumerate(self.widths, start=1):
-            for layer in range(1, self.convs_per_block + 1):
-                convolution = ConvReLU(width, self.dtype, self.kernel_init, self.native)
-                setattr(self, f"conv{block}_{layer}", convolution)
+        self.blocks = [
+            [
+                ConvReLU(
+                    width, self.dtype, self.kernel_init, self.native, name=f"conv{block}_{layer}"
+                )
+                for layer in range(1, self.convs_per_block + 1)
+            ]
+            for block, width in enumerate(self.widths, start=1)
+        ]
         kernel_init = KERNEL_INITS[self.kernel_init]
         self.dense = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=kernel_init)
         self.drop = nn.Dropout(self.dropout)
@@ -132,24 +143,33 @@ class TinyVGG(nn.Module):
         """
         self._check(images)
         x = images.astype(self.dtype)
-        for block in range(1, len(self.widths) + 1):
-            x = self._block(block, x, pool=True)
+        for *convolutions, last in self.blocks:
+            for convolution in convolutions:
+                x = convolution(x)
+            x = last(x, pool=True)
         return self._head(x, train)
 
     def activations(self, images: Array) -> list[Array]:
-        """What each block's last convolution answers: `[B, H / 2**i, W / 2**i, widths[i]]`.
+        """Computes the output of each block's last convolution, before the pooling.
 
-        The input of the block after it is its 2x2 maximum. Args and errors are those of a call.
+        Args and errors are those of a call.
+
+        Returns:
+            For each block i, counted from 0, `[B, H // 2**i, W // 2**i, widths[i]]`.
         """
         self._check(images)
-        answers: list[Array] = []
-        for block in range(1, len(self.widths) + 1):
-            x = max_pool_2x2(answers[-1]) if answers else images.astype(self.dtype)
-            answers.append(self._block(block, x, pool=False))
-        return answers
+        x = images.astype(self.dtype)
+        outputs: list[Array] = []
+        for block in self.blocks:
+            if outputs:
+                x = max_pool_2x2(x)
+            for convolution in block:
+                x = convolution(x)
+            outputs.append(x)
+        return outputs
 
     def classify(self, x: Array) -> Array:
-        """From the last of the `activations` to `[B, num_classes]` float32 logits."""
+        """Computes `[B, num_classes]` float32 logits from the last of the `activations`."""
         return self._head(max_pool_2x2(x), train=False)
 
     def _check(self, images: Array) -> None:
@@ -161,12 +181,6 @@ class TinyVGG(nn.Module):
                 f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for "
                 f"{len(self.widths)} blocks: at least {smallest}x{smallest}, or fewer widths."
             )
-
-    def _block(self, block: int, x: Array, pool: bool) -> Array:
-        for layer in range(1, self.convs_per_block + 1):
-            convolution = getattr(self, f"conv{block}_{layer}")
-            x = convolution(x, pool=pool and layer == self.convs_per_block)
-        return x
 
     def _head(self, x: Array, train: bool) -> Array:
         # No -1, which is ambiguous for an empty batch.

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tinyvgg_jax.data import Batch, Split, epoch_order, resident, stream
-from tinyvgg_jax.memory import give_back_freed_memory
-from tinyvgg_jax.step import Metrics, TrainState
+from tinyvgg_jax.data import Batch, Split, epoch_order, on_device, stream
+from tinyvgg_jax.step import StepSums, TrainState
+from tinyvgg_jax.system import trim_heap
 
 # Steps in one call where calls cost more than steps: about a tenth of a second's on a GPU.
 _STEPS_PER_CALL = 100
@@ -29,7 +29,7 @@ _WAITING, _WAITING_IF_SHORT, _SHORT_SECONDS = 1, 4, 0.02
 # because each may be served by another thread, for which the C library keeps memory apart.
 _CALLS_PER_TRIM = 16
 
-Step = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Batch, Array], tuple[TrainState, StepSums]]
 
 
 class Keys(NamedTuple):
@@ -44,7 +44,7 @@ class Keys(NamedTuple):
     step: Array
 
 
-class Progress(NamedTuple):
+class CallResult(NamedTuple):
     """What a pipeline yields after every call.
 
     Attributes:
@@ -55,12 +55,12 @@ class Progress(NamedTuple):
     """
 
     state: TrainState
-    sums: Metrics
+    sums: StepSums
     done: Array
     step: int
 
 
-def paced(calls: Iterator[Progress]) -> Iterator[Progress]:
+def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
     """The calls at the device's pace: each begins when only few before it are waiting."""
     under_way: deque[Array] = deque()
     waiting, last_end, long_calls = _WAITING, time.perf_counter(), 0
@@ -73,7 +73,7 @@ def paced(calls: Iterator[Progress]) -> Iterator[Progress]:
             if seconds >= _SHORT_SECONDS:
                 # The first has compiled, which leaves most.
                 if long_calls % _CALLS_PER_TRIM == 0:
-                    give_back_freed_memory()
+                    trim_heap()
                 long_calls += 1
         yield now
 
@@ -87,27 +87,27 @@ class StreamPipeline:
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def update(
-            state: TrainState, sums: Metrics, batch: Batch
-        ) -> tuple[TrainState, Metrics, Array]:
+            state: TrainState, sums: StepSums, batch: Batch
+        ) -> tuple[TrainState, StepSums, Array]:
             state, metrics = step(state, batch, keys.step)
             return state, sums.plus(metrics), metrics.loss
 
         self._update = update
 
     def epoch(
-        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
-    ) -> Iterator[Progress]:
+        self, state: TrainState, sums: StepSums, epoch: int, first_step: int
+    ) -> Iterator[CallResult]:
         """Takes the epoch's steps from `first_step` on, both counted from 0."""
-        return paced(self._calls(state, sums, epoch, first_step))
+        return limit_queue(self._calls(state, sums, epoch, first_step))
 
     def _calls(
-        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
-    ) -> Iterator[Progress]:
+        self, state: TrainState, sums: StepSums, epoch: int, first_step: int
+    ) -> Iterator[CallResult]:
         order = np.asarray(epoch_order(self._order_key, epoch, len(self._split)))
         batches = stream(self._split, order, self._batch_size, first_step)
         for number, batch in enumerate(batches, start=first_step + 1):
             state, sums, done = self._update(state, sums, batch)
-            yield Progress(state, sums, done, number)
+            yield CallResult(state, sums, done, number)
 
 
 class DevicePipeline:
@@ -126,7 +126,7 @@ class DevicePipeline:
         steps_per_call: int | None = None,
     ):
         """Args: as for `StreamPipeline`; and steps in a call, by default what suits the device."""
-        self._data = resident(split)
+        self._data = on_device(split)
         self._keys, size = keys, len(split)
         self._steps = steps = len(split) // batch_size
         if steps_per_call is None:
@@ -136,19 +136,19 @@ class DevicePipeline:
         self._length = length = math.ceil(steps / math.ceil(steps / steps_per_call))
 
         def one_step(
-            state: TrainState, sums: Metrics, data: Batch, order: Array, end: Array, key: Array
-        ) -> tuple[TrainState, Metrics]:
+            state: TrainState, sums: StepSums, data: Batch, order: Array, end: Array, key: Array
+        ) -> tuple[TrainState, StepSums]:
             first = (state.step - (end - steps)) * batch_size
             chosen = lax.dynamic_slice_in_dim(order, first, batch_size)
             state, metrics = step(state, Batch(data.images[chosen], data.labels[chosen]), key)
             return state, sums.plus(metrics)
 
         def update(
-            state: TrainState, sums: Metrics, data: Batch, order: Array, end: Array, key: Array
-        ) -> tuple[TrainState, Metrics, Array]:
+            state: TrainState, sums: StepSums, data: Batch, order: Array, end: Array, key: Array
+        ) -> tuple[TrainState, StepSums, Array]:
             def body(
-                carry: tuple[TrainState, Metrics], _: None
-            ) -> tuple[tuple[TrainState, Metrics], None]:
+                carry: tuple[TrainState, StepSums], _: None
+            ) -> tuple[tuple[TrainState, StepSums], None]:
                 new = one_step(*carry, data, order, end, key)
                 # The last call may have steps too many: they change nothing.
                 wanted = carry[0].step < end
@@ -170,16 +170,16 @@ class DevicePipeline:
         self._order = jax.jit(order)
 
     def epoch(
-        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
-    ) -> Iterator[Progress]:
+        self, state: TrainState, sums: StepSums, epoch: int, first_step: int
+    ) -> Iterator[CallResult]:
         """Takes the epoch's steps from `first_step` on, both counted from 0."""
-        return paced(self._calls(state, sums, epoch, first_step))
+        return limit_queue(self._calls(state, sums, epoch, first_step))
 
     def _calls(
-        self, state: TrainState, sums: Metrics, epoch: int, first_step: int
-    ) -> Iterator[Progress]:
+        self, state: TrainState, sums: StepSums, epoch: int, first_step: int
+    ) -> Iterator[CallResult]:
         order = self._order(self._keys.order, jax.device_put(np.int32(epoch)))
         end = jax.device_put(np.int32((epoch + 1) * self._steps))
         for step in range(first_step, self._steps, self._length):
             state, sums, done = self._update(state, sums, self._data, order, end, self._keys.step)
-            yield Progress(state, sums, done, min(step + self._length, self._steps))
+            yield CallResult(state, sums, done, min(step + self._length, self._steps))

@@ -22,7 +22,7 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import Picture, find_all, load_picture
-from tinyvgg_jax.runs import restore, run_info
+from tinyvgg_jax.runs.restore import restore, run_info
 from tinyvgg_jax.step import to_float
 
 # Images at a time; the last are padded, so that one program serves any number.

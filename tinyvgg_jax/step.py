@@ -40,7 +40,26 @@ class TrainState(NamedTuple):
         return self.params if self.average is None else self.average
 
 
-class Metrics(NamedTuple):
+def pack(state: TrainState) -> tuple[Any, Any]:
+    """Splits a state into what a checkpoint keeps apart.
+
+    Returns:
+        The parameters that are evaluated, and everything else but the step: the optimizer's state,
+        or where an average is evaluated, also the parameters that it is an average of.
+    """
+    if state.average is None:
+        return state.params, state.opt_state
+    return state.average, {"opt_state": state.opt_state, "params": state.params}
+
+
+def unpack(step: int, params: Any, rest: Any) -> TrainState:
+    """Puts together what `pack` has split."""
+    if isinstance(rest, dict) and rest.keys() == {"opt_state", "params"}:
+        return TrainState(jnp.int32(step), rest["params"], rest["opt_state"], params)
+    return TrainState(jnp.int32(step), params, rest)
+
+
+class StepSums(NamedTuple):
     """Sums over the examples of some steps, as scalars.
 
     Attributes:
@@ -56,13 +75,13 @@ class Metrics(NamedTuple):
     diverged_at: Array
 
     @classmethod
-    def zero(cls) -> "Metrics":
+    def zero(cls) -> "StepSums":
         return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
-    def plus(self, other: "Metrics") -> "Metrics":
+    def plus(self, other: "StepSums") -> "StepSums":
         """The sums over both, `self` being the earlier."""
         diverged_at = jnp.where(self.diverged_at > 0, self.diverged_at, other.diverged_at)
-        return Metrics(
+        return StepSums(
             self.loss + other.loss,
             self.correct + other.correct,
             self.examples + other.examples,
@@ -70,7 +89,7 @@ class Metrics(NamedTuple):
         )
 
 
-TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, StepSums]]
 # (key, images [B, H, W, C] float, optimizer steps taken) -> images
 Augmentation = Callable[[Array, Array, Array], Array]
 
@@ -102,7 +121,7 @@ def make_train_step(
         what was trained on, mixed images and smoothed targets included.
     """
 
-    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(key, state.step)
         images = augmentation(key, to_float(batch.images), state.step)
         targets = None
@@ -126,7 +145,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        metrics = Metrics(
+        metrics = StepSums(
             loss=loss * len(batch.labels),
             correct=(logits.argmax(axis=-1) == batch.labels).sum(dtype=jnp.int32),
             examples=jnp.int32(len(batch.labels)),

@@ -1,120 +1,47 @@
 """Training: a run, or several at once, from its config to its summary."""
 
 import contextlib
-import dataclasses
-import errno
-import fcntl
-import functools
 import importlib.metadata
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import Array
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax import reporting, seeds
-from tinyvgg_jax.augment import augment
-from tinyvgg_jax.checkpoint import Checkpoints, Restored
-from tinyvgg_jax.data import DatasetInfo, Split, fits_on_device, load_splits
-from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
-from tinyvgg_jax.evaluate import SPLITS, evaluate
-from tinyvgg_jax.keys import named_key
-from tinyvgg_jax.model import TinyVGG
-from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
+from tinyvgg_jax.data import SPLITS, fits_on_device
+from tinyvgg_jax.errors import DivergedError, InterruptedRunError
+from tinyvgg_jax.evaluate import evaluate
+from tinyvgg_jax.model import count_parameters
 from tinyvgg_jax.paths import local_path
-from tinyvgg_jax.pipeline import DevicePipeline, Keys, StreamPipeline
-from tinyvgg_jax.profiling import Profile
-from tinyvgg_jax.runs import build_model
-from tinyvgg_jax.step import Metrics, TrainState, TrainStep, init_state, make_train_step
+from tinyvgg_jax.pipeline import DevicePipeline, StreamPipeline
+from tinyvgg_jax.report.progress import ProgressBar, epoch_line, tensorboard_scalars
+from tinyvgg_jax.runs import folder, seeds
+from tinyvgg_jax.runs.checkpoint import Checkpoints
+from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
+from tinyvgg_jax.signals import stop_signals
+from tinyvgg_jax.step import StepSums
+from tinyvgg_jax.system import Profile
 
 logger = logging.getLogger(__name__)
 
 _SUMMARY_KEYS = {"dataset", "step", "parameters", "seconds", "device", "versions"} | {
     f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")
 }
-# How file systems, mostly of networks, say that they have no locks.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What a run is made of and does not change."""
-
-    config: ConfigDict
-    workdir: Path
-    splits: dict[str, Split]
-    info: DatasetInfo
-    model: TinyVGG
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-    key: Array
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.splits["train"]) // self.config.batch_size
-
-    @functools.cached_property
-    def pipeline(self) -> StreamPipeline | DevicePipeline:
-        kind = DevicePipeline if self.on_device else StreamPipeline
-        return kind(self.step, self.splits["train"], self.config.batch_size, self.keys)
-
-    @property
-    def keys(self) -> Keys:
-        return Keys(order=named_key(self.key, "order"), step=named_key(self.key, "augment"))
-
-    @property
-    def step(self) -> TrainStep:
-        config, steps_per_epoch = self.config, self.steps_per_epoch
-        settings = config.augment.to_dict()
-        mixup_alpha = settings.pop("mixup_alpha")
-
-        def augmentation(key: Array, images: Array, step: Array) -> Array:
-            return augment(key, images, step // steps_per_epoch, **settings)
-
-        return make_train_step(
-            self.model,
-            self.optimizer,
-            augmentation,
-            label_smoothing=config.label_smoothing,
-            mixup_alpha=mixup_alpha,
-            ema_decay=config.ema_decay,
-        )
-
-    @functools.cached_property
-    def on_device(self) -> bool:
-        """Whether the data stays in the device's memory."""
-        wanted = self.config.data.pipeline
-        return wanted == "device" or (wanted == "auto" and fits_on_device(self.splits["train"]))
-
-
-@dataclasses.dataclass
-class _Position:
-    """Where a run is: all that a checkpoint holds."""
-
-    state: TrainState
-    sums: Metrics
-    seconds: float  # of training in this epoch so far
-    history: list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Member:
+class Member(NamedTuple):
     """One of the runs that are trained together; mostly the only one."""
 
-    run: _Run
-    position: _Position
+    run: Run
+    state: RunState
     checkpoints: Checkpoints
 
 
@@ -138,351 +65,188 @@ def train_and_evaluate(
         DivergedError: if the loss is no longer finite. The last checkpoint is kept.
         InterruptedRunError: on SIGINT or SIGTERM, after saving. Calling again goes on from there.
     """
+    config = config_lib.validated(config)
+    workdir = local_path(workdir).absolute()
     # A run is float32, or bfloat16, by its config, whatever JAX_ENABLE_X64 says of new arrays.
     with jax.enable_x64(False):
-        return _train_and_evaluate(config_lib.validated(config), local_path(workdir).absolute())
+        if config.num_seeds > 1:
+            return train_seeds(config, workdir)
+        return train_together({workdir: config})[0]
 
 
-def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    if config.num_seeds == 1:
-        return _train_alone(config, workdir)
-    _refuse_another_run(workdir, config)
-    members = {workdir / name: one for name, one in seeds.members(config).items()}
+def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains a config's seeds, each a run in a folder of its own, and summarises them."""
+    folder.refuse_another_run(workdir, config)
+    configs = {workdir / name: one for name, one in seeds.members(config).items()}
     # What is wrong with the config shows here, before the folder is the config's.
-    first, one = next(iter(members.items()))
-    _assemble(one, first)
-    with _writing_to(workdir), _alone_in(workdir):
-        reporting.write_atomically(workdir / "config.json", config_lib.to_json(config))
-        summaries = _train_seeds(members)
+    make_run(*reversed(next(iter(configs.items()))))
+    with folder.locked(workdir):
+        folder.write_json(workdir / "config.json", config.to_dict())
+        summaries = None
+        # A CPU is busy with one network already, and convolutions with a kernel for each image of
+        # a batch are slow there.
+        if _accelerated() and config.data.pipeline != "stream":
+            try:
+                summaries = train_together(configs)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                logger.warning("The device has no room for all seeds at once; one after another.")
+        if summaries is None:
+            summaries = [train_together({path: one})[0] for path, one in configs.items()]
         summary = seeds.summarise(summaries)
-        reporting.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        folder.write_json(workdir / "summary.json", summary)
     return summary
 
 
-def _train_alone(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    return _train_together({workdir: config})[0]
+def _accelerated() -> bool:
+    return jax.default_backend() != "cpu"
 
 
-def _train_seeds(members: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
-    """All at once on an accelerator, if there is room; else one after another."""
-    if _at_once(members):
-        try:
-            return _train_together(members)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            logger.warning("The device has no room for all seeds at once; one after another.")
-    return [_train_alone(config, workdir) for workdir, config in members.items()]
+def train_together(configs: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
+    """Trains runs that differ in their seeds only, in one program, and gives their summaries.
 
-
-def _at_once(members: dict[Path, ConfigDict]) -> bool:
-    # A CPU is busy with one network already, and convolutions with a kernel for each image of
-    # a batch are slow there.
-    wanted = next(iter(members.values())).data.pipeline
-    return jax.default_backend() != "cpu" and wanted != "stream"
-
-
-def _train_together(members: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
-    """Trains runs that differ in their seeds only, in one program, and gives their summaries."""
+    Args:
+        configs: by the folders of the runs; mostly one.
+    """
     with contextlib.ExitStack() as stack:
-        together = []
-        splits = None
-        for workdir, config in members.items():
-            _refuse_another_run(workdir, config)
-            run = _assemble(config, workdir, splits)
-            splits = (run.splits, run.info)
-            stack.enter_context(_writing_to(workdir))
-            stack.enter_context(_alone_in(workdir))
-            _describe(run)
-            together.append(run)
+        runs: list[Run] = []
+        for workdir, config in configs.items():
+            folder.refuse_another_run(workdir, config)
+            loaded = (runs[0].splits, runs[0].info) if runs else None
+            run = make_run(config, workdir, loaded)
+            stack.enter_context(folder.locked(workdir))
+            folder.describe(workdir, config, run.splits, run.info)
+            runs.append(run)
+        members = []
         with contextlib.ExitStack() as open_checkpoints:
-            started = []
-            for run in together:
-                checkpoints = Checkpoints(run.workdir / "checkpoints")
-                open_checkpoints.enter_context(checkpoints)
-                started.append(_Member(run, _start(run, checkpoints), checkpoints))
-            steps = {int(member.position.state.step) for member in started}
-            # An interruption between two saves leaves some behind.
-            for group in [started] if len(steps) == 1 else [[member] for member in started]:
-                _train(group)
-        return [_finish(member.run, member.position) for member in started]
+            for run in runs:
+                checkpoints = open_checkpoints.enter_context(
+                    Checkpoints(run.workdir / "checkpoints")
+                )
+                state = restore_state(run, checkpoints)
+                if state is not None:
+                    folder.write_history(run.workdir, state.history)
+                    step = int(state.train.step)
+                    logger.info("Going on from step %d in %s.", step, run.workdir)
+                members.append(Member(run, state or first_state(run), checkpoints))
+            # If an interruption let only some runs save, their steps differ: train each alone.
+            steps = {int(member.state.train.step) for member in members}
+            for group in [members] if len(steps) == 1 else [[member] for member in members]:
+                train(group)
+        return [finish(member.run, member.state) for member in members]
 
 
-def _refuse_another_run(workdir: Path, config: ConfigDict) -> None:
-    path = workdir / "config.json"
-    with _writing_to(workdir):
-        is_run, has_checkpoints = path.exists(), (workdir / "checkpoints").exists()
-    if has_checkpoints and not is_run:
-        raise UserError(
-            f"{workdir} holds checkpoints, but no config.json that says of what. Put it back, or "
-            "pass another --workdir."
-        )
-    if is_run:
-        differences = config_lib.differences(config, config_lib.from_file(path))
-        if differences:
-            raise UserError(
-                f"{workdir} holds a run of another config ({'; '.join(differences)}). "
-                "Pass another --workdir, or the same config to go on with that run."
-            )
+def train(members: list[Member]) -> None:
+    """Trains runs that are at the same step to the end of their last epoch.
 
-
-def _describe(run: _Run) -> None:
-    """Writes what says whose the folder is: config.json and dataset.json."""
-    sizes = {name: len(split) for name, split in run.splits.items()}
-    content = dataclasses.asdict(run.info) | {"num_examples": sizes}
-    dataset = json.dumps(content, indent=2) + "\n"
-    path = run.workdir / "dataset.json"
-    if path.exists() and path.read_bytes() != dataset.encode():
-        raise UserError(
-            f"{run.workdir} holds a run on other data than {run.config.data.name} is here: see "
-            f"{path}, unless that is damaged. Pass another --workdir, or the right "
-            "--config.data.data_dir."
-        )
-    reporting.write_atomically(run.workdir / "dataset.json", dataset)
-    reporting.write_atomically(run.workdir / "config.json", config_lib.to_json(run.config))
-
-
-@contextlib.contextmanager
-def _alone_in(workdir: Path) -> Iterator[None]:
-    """Makes the folder and keeps a second run out of it; the lock ends with the process."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {workdir}.") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            logger.warning(
-                "The file system of %s has no locks (%s), so nothing keeps a second process from "
-                "training there too.",
-                workdir,
-                error.strerror,
-            )
-        yield
-
-
-@contextlib.contextmanager
-def _writing_to(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror or error}.") from error
-
-
-def _assemble(
-    config: ConfigDict, workdir: Path, loaded: tuple[dict[str, Split], DatasetInfo] | None = None
-) -> _Run:
-    data = config.data
-    wanted = {name: data[f"{name}_split"] for name in SPLITS}
-    splits, info = loaded or load_splits(data.name, wanted, data.data_dir, data.source_dir)
-    size = len(splits["train"])
-    if config.batch_size > size:
-        raise UserError(
-            f"config.batch_size is {config.batch_size:,}, more than the {size:,} examples of "
-            f"{config.data.train_split!r}."
-        )
-    schedule = learning_rate_schedule(
-        config.learning_rate,
-        config.learning_rate_decay,
-        size // config.batch_size,
-        kind=config.schedule,
-        num_epochs=config.num_epochs,
-        warmup_epochs=config.warmup_epochs,
-    )
-    optimizer = make_optimizer(
-        schedule,
-        config.momentum,
-        kind=config.optimizer,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        gradient_clipping=config.gradient_clipping,
-    )
-    return _Run(
-        config=config,
-        workdir=workdir,
-        splits=splits,
-        info=info,
-        model=build_model(config, info).clone(native=True),
-        schedule=schedule,
-        optimizer=optimizer,
-        key=jax.random.key(config.seed),
-    )
-
-
-def _start(run: _Run, checkpoints: Checkpoints) -> _Position:
-    """The newest checkpoint's position, or the beginning."""
-    init = functools.partial(
-        init_state,
-        run.model,
-        run.optimizer,
-        image_shape=run.info.image_shape,
-        average=run.config.ema_decay > 0,
-    )
-    key = named_key(run.key, "init")
-    abstract = jax.eval_shape(init, key)
-    restored = checkpoints.restore_newest(abstract.params, _besides(abstract))
-    if restored is None:
-        return _Position(jax.jit(init)(key), Metrics.zero(), 0.0, [])
-    progress = restored.progress
-    history = progress["history"]
-    reporting.write_history(run.workdir / "metrics.jsonl", history)
-    logger.info("Going on from step %d in %s.", restored.step, run.workdir)
-    return _Position(
-        state=_state(restored),
-        sums=Metrics(
-            jnp.float32(progress["loss"]),
-            jnp.int32(progress["correct"]),
-            jnp.int32(progress["examples"]),
-            jnp.int32(0),
-        ),
-        seconds=progress["seconds"],
-        history=history,
-    )
-
-
-def _besides(state: TrainState) -> Any:
-    """What a checkpoint holds of a state besides the parameters that are evaluated."""
-    if state.average is None:
-        return state.opt_state
-    return {"opt_state": state.opt_state, "params": state.params}
-
-
-def _state(restored: Restored) -> TrainState:
-    step, besides = jnp.int32(restored.step), restored.opt_state
-    if isinstance(besides, dict) and besides.keys() == {"opt_state", "params"}:
-        return TrainState(step, besides["params"], besides["opt_state"], restored.params)
-    return TrainState(step, restored.params, besides)
-
-
-def _save(member: _Member, accuracy: float | None) -> None:
-    position = member.position
-    sums = jax.device_get(position.sums)
-    progress = {
-        "loss": float(sums.loss),
-        "correct": int(sums.correct),
-        "examples": int(sums.examples),
-        "seconds": position.seconds,
-        "history": position.history,
-    }
-    state = position.state
-    step, besides = int(state.step), _besides(state)
-    member.checkpoints.save(step, state.evaluated, besides, progress, accuracy)
-
-
-def _train(members: list[_Member]) -> None:
-    """Trains to the last epoch, changing the members' positions; all are at the same step."""
-    from tensorboardX import SummaryWriter
-
-    run, position = members[0].run, members[0].position
-    num_epochs, first = run.config.num_epochs, len(position.history)
-    if first == num_epochs:
+    Args:
+        members: runs that differ in their seeds only. Their states change.
+    """
+    run, history = members[0].run, members[0].state.history
+    num_epochs, batch_size = run.config.num_epochs, run.config.batch_size
+    if len(history) == num_epochs:
         return
-    pipeline = run.pipeline if len(members) == 1 else _pipeline_of_all(members)
+    pipeline = make_pipeline([member.run for member in members])
     profile = Profile(run.workdir / "profile" if run.config.profile else None)
-    with _stop_signal() as received, contextlib.closing(profile), contextlib.ExitStack() as stack:
-        writers = []
-        for member in members:
-            # Of an earlier end, if there was one.
-            (member.run.workdir / "summary.json").unlink(missing_ok=True)
-            folder = str(member.run.workdir / "tensorboard")
-            purge_step = int(position.state.step) + 1 if first else None
-            writers.append(SummaryWriter(folder, purge_step=purge_step))
-            stack.callback(writers[-1].close)
-        for epoch in range(first, num_epochs):
-            _train_epoch(members, pipeline, epoch, received, profile)
-            examples = run.steps_per_epoch * run.config.batch_size
-            if received and int(position.sums.examples) < examples:
+    with stop_signals() as received, contextlib.closing(profile), _writers(members) as writers:
+        for epoch in range(len(history), num_epochs):
+            # -- Steps: compiled calls, of one step or of many, until the epoch's end or a signal.
+            state, sums = stack([(member.state.train, member.state.sums) for member in members])
+            first_step = int(members[0].state.train.step) - epoch * run.steps_per_epoch
+            start = time.perf_counter()
+            bar = ProgressBar(epoch + 1, num_epochs, first_step, run.steps_per_epoch, batch_size)
+            with contextlib.closing(bar):
+                for result in pipeline.epoch(state, sums, epoch, first_step):
+                    state, sums = result.state, result.sums
+                    # Fetching the sums waits for the device, so only as often as people look.
+                    if bar.is_due():
+                        bar.show(result.step, finite(sums, run))
+                    profile.after_call(result.done)
+                    if received:
+                        break
+                fetched = finite(sums, run)
+
+            # -- Each run takes its slice of the stacked state and its share of the time.
+            seconds = (time.perf_counter() - start) / len(members)
+            for member, own in zip(members, unstack((state, sums), len(members)), strict=True):
+                member.state.train, member.state.sums = own
+                member.state.seconds += seconds
+
+            # -- A signal within the epoch: save, and leave the rest for the next call.
+            if received and fetched.examples.min() < run.steps_per_epoch * batch_size:
                 for member in members:
-                    _save(member, None)
-                _leave(members, received[0])
-            records = [_end_epoch(member.run, member.position, epoch) for member in members]
-            for member, record, writer in zip(members, records, writers, strict=True):
-                _save(member, record["validation_accuracy"])
-                history = member.position.history
-                reporting.write_history(member.run.workdir / "metrics.jsonl", history)
-                reporting.tensorboard_scalars(writer, record)
-            logger.info("%s", reporting.epoch_line(records, num_epochs))
+                    member.state.save(member.checkpoints, None)
+                raise interrupted(members, received[0])
+
+            # -- Validation, checkpoint, log; a signal is heeded when the epoch is saved.
+            for member, writer in zip(members, writers, strict=True):
+                record = end_epoch(member.run, member.state)
+                member.state.save(member.checkpoints, record["validation_accuracy"])
+                folder.write_history(member.run.workdir, member.state.history)
+                tensorboard_scalars(writer, record)
+            logger.info("%s", epoch_line([m.state.history[-1] for m in members], num_epochs))
             if received and epoch + 1 < num_epochs:
-                _leave(members, received[0])
+                raise interrupted(members, received[0])
 
 
-def _pipeline_of_all(members: list[_Member]) -> DevicePipeline:
-    run = members[0].run
-    keys = _stacked([member.run.keys for member in members])
-    return DevicePipeline(run.step, run.splits["train"], run.config.batch_size, keys)
+def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
+    """Chooses how the steps of an epoch run: on images on the device, or on batches from the host.
+
+    Args:
+        runs: that differ in their seeds only; several need their images on the device.
+    """
+    config, split = runs[0].config, runs[0].splits["train"]
+    keys = stack([run.keys for run in runs])
+    wanted = config.data.pipeline
+    if len(runs) > 1 or wanted == "device" or (wanted == "auto" and fits_on_device(split)):
+        return DevicePipeline(runs[0].train_step(), split, config.batch_size, keys)
+    return StreamPipeline(runs[0].train_step(), split, config.batch_size, keys)
 
 
-def _stacked(trees: list[Any]) -> Any:
+def stack(trees: list[Any]) -> Any:
+    """Stacks several runs' arrays along a new leading axis; a single run's stay as they are."""
+    if len(trees) == 1:
+        return trees[0]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _train_epoch(
-    members: list[_Member],
-    pipeline: StreamPipeline | DevicePipeline,
-    epoch: int,
-    received: list[int],
-    profile: Profile,
-) -> None:
-    """Takes the epoch's remaining steps; fewer if a signal is received."""
-    run, positions = members[0].run, [member.position for member in members]
-    first_step = int(positions[0].state.step) - epoch * run.steps_per_epoch
-    start = time.perf_counter()
-    if len(positions) == 1:
-        state, sums = positions[0].state, positions[0].sums
-    else:
-        state, sums = _stacked([(position.state, position.sums) for position in positions])
-    state, sums = _run_epoch(run, pipeline, epoch, first_step, (state, sums), received, profile)
-    seconds = (time.perf_counter() - start) / len(members)
-    for index, position in enumerate(positions):
-        if len(positions) == 1:
-            position.state, position.sums = state, sums
-        else:
-            # Its part of everything; also of the time.
-            mine = jax.tree.map(lambda leaf, index=index: leaf[index], (state, sums))
-            position.state, position.sums = mine
-        position.seconds += seconds
+def unstack(tree: Any, count: int) -> list[Any]:
+    """Slices what `stack` made of so many trees."""
+    if count == 1:
+        return [tree]
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
 
 
-def _run_epoch(
-    run: _Run,
-    pipeline: StreamPipeline | DevicePipeline,
-    epoch: int,
-    first_step: int,
-    start: tuple[TrainState, Metrics],
-    received: list[int],
-    profile: Profile,
-) -> tuple[TrainState, Metrics]:
-    """Takes steps and shows the progress, until the epoch's end or a signal."""
-    progress = reporting.Progress(
-        epoch + 1, run.config.num_epochs, first_step, run.steps_per_epoch, run.config.batch_size
-    )
-    state, sums = start
-    with contextlib.closing(progress):
-        for now in pipeline.epoch(state, sums, epoch, first_step):
-            state, sums = now.state, now.sums
-            if progress.is_due():
-                so_far = _checked(sums, run)
-                examples = so_far.examples.sum()
-                loss, accuracy = so_far.loss.sum() / examples, so_far.correct.sum() / examples
-                progress.show(now.step, float(loss), float(accuracy))
-            profile.after_call(now.done)
-            if received:
-                break
-        _checked(sums, run)
-    return state, sums
+@contextlib.contextmanager
+def _writers(members: list[Member]) -> Iterator[list[Any]]:
+    """TensorBoard's writers of the runs, from each one's step on."""
+    from tensorboardX import SummaryWriter
+
+    with contextlib.ExitStack() as open_writers:
+        writers = []
+        for member in members:
+            workdir, step = member.run.workdir, int(member.state.train.step)
+            # An earlier end of this run, if it had one, is none any more.
+            (workdir / "summary.json").unlink(missing_ok=True)
+            with folder.writing_to(workdir):
+                purge_step = step + 1 if member.state.history else None
+                writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
+            open_writers.callback(writer.close)
+            writers.append(writer)
+        yield writers
 
 
-def _checked(sums: Metrics, run: _Run) -> Metrics:
-    """The sums as NumPy's, waiting for the device; an error where a loss was not finite."""
-    fetched: Metrics = jax.device_get(sums)
+def finite(sums: StepSums, run: Run) -> StepSums:
+    """Fetches sums from the device; a loss that is not finite is a DivergedError."""
+    fetched: StepSums = jax.device_get(sums)
     if fetched.diverged_at.any():
-        raise _diverged("training", int(fetched.diverged_at.max()), run)
+        raise diverged("training", int(fetched.diverged_at.max()), run)
     return fetched
 
 
-def _diverged(which: str, step: int, run: _Run) -> DivergedError:
+def diverged(which: str, step: int, run: Run) -> DivergedError:
+    """Makes the error of a loss that is not finite."""
     return DivergedError(
         f"the {which} loss is not a finite number at step {step}. What was saved before is "
         f"kept in {run.workdir}. Try a lower --config.learning_rate in another --workdir.",
@@ -490,71 +254,42 @@ def _diverged(which: str, step: int, run: _Run) -> DivergedError:
     )
 
 
-def _end_epoch(run: _Run, position: _Position, epoch: int) -> dict[str, Any]:
-    """Validates, adds the epoch's record to the history and begins the next one's sums."""
-    sums = jax.device_get(position.sums)
-    step = int(position.state.step)
-    validation = evaluate(run.model, position.state.evaluated, run.splits["validation"])
+def interrupted(members: list[Member], signal_number: int) -> InterruptedRunError:
+    """Makes the error of a signal after which everything is saved."""
+    run, state = members[0].run, members[0].state
+    where = run.workdir if len(members) == 1 else run.workdir.parent
+    return InterruptedRunError(
+        f"interrupted at step {int(state.train.step)}; everything is saved in {where}. "
+        "Run the same command again to go on from there.",
+        signal_number,
+    )
+
+
+def end_epoch(run: Run, state: RunState) -> dict[str, Any]:
+    """Validates, adds the epoch's record to the history and begins the next epoch's sums."""
+    sums, step = jax.device_get(state.sums), int(state.train.step)
+    validation = evaluate(run.model, state.train.evaluated, run.splits["validation"])
     if not math.isfinite(validation.loss):
-        raise _diverged("validation", step, run)
+        raise diverged("validation", step, run)
     record = {
-        "epoch": epoch + 1,
+        "epoch": len(state.history) + 1,
         "step": step,
         "learning_rate": float(run.schedule(step - 1)),
         "train_loss": float(sums.loss) / int(sums.examples),
         "train_accuracy": int(sums.correct) / int(sums.examples),
         "validation_loss": validation.mean_loss,
         "validation_accuracy": validation.accuracy,
-        "seconds": position.seconds,
-        "images_per_second": int(sums.examples) / position.seconds,
+        "seconds": state.seconds,
+        "images_per_second": int(sums.examples) / state.seconds,
     }
-    position.history.append(record)
-    position.sums, position.seconds = Metrics.zero(), 0.0
+    state.history.append(record)
+    state.sums, state.seconds = StepSums.zero(), 0.0
     return record
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list; a second one acts as it would have without us."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # Who started us in the background may have had Ctrl-C ignored; then it stays so.
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, _: Any) -> None:
-        received.append(number)
-        restore()
-        logger.info("Received %s; saving ...", signal.Signals(number).name)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def _leave(members: list[_Member], number: int) -> None:
-    run, position = members[0].run, members[0].position
-    where = run.workdir if len(members) == 1 else run.workdir.parent
-    raise InterruptedRunError(
-        f"interrupted at step {int(position.state.step)}; everything is saved in {where}. "
-        "Run the same command again to go on from there.",
-        number,
-    )
-
-
-def _finish(run: _Run, position: _Position) -> dict[str, Any]:
+def finish(run: Run, state: RunState) -> dict[str, Any]:
     """Evaluates the last parameters on every split and writes summary.json, unless it is there."""
-    path = run.workdir / "summary.json"
-    step = int(position.state.step)
+    path, step = run.workdir / "summary.json", int(state.train.step)
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if summary.keys() >= _SUMMARY_KEYS and summary["step"] == step:
@@ -563,16 +298,16 @@ def _finish(run: _Run, position: _Position) -> dict[str, Any]:
     logger.info("Evaluating ...")
     summary = {}
     for name, split in run.splits.items():
-        result = evaluate(run.model, position.state.evaluated, split)
+        result = evaluate(run.model, state.train.evaluated, split)
         summary[f"{name}_accuracy"] = result.accuracy
         summary[f"{name}_loss"] = result.mean_loss
     summary |= {
         "dataset": run.config.data.name,
         "step": step,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(position.state.params)),
-        "seconds": sum(record["seconds"] for record in position.history),
+        "parameters": count_parameters(state.train.params),
+        "seconds": sum(record["seconds"] for record in state.history),
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
-    reporting.write_atomically(path, json.dumps(summary, indent=2) + "\n")
+    folder.write_json(path, summary)
     return summary

@@ -22,8 +22,8 @@ from typing import Any
 
 from tinyvgg_jax.benchmark.contest import Contestant, Result, contest, ratios
 
-_OURS = "tinyvgg_jax.benchmark.ours"
-_TORCH = "tinyvgg_jax.benchmark.torch_peer"
+_OURS = "tinyvgg_jax.benchmark.jax_worker"
+_TORCH = "tinyvgg_jax.benchmark.torch_worker"
 _NAME = "tinyvgg_jax"
 CASES = ("startup", "train", "infer", "epoch", "stream")
 # The train split's size, and the paper's batch size and number of epochs.

@@ -4,20 +4,24 @@ from tinyvgg_jax.data.batches import (
     Batch,
     epoch_order,
     fits_on_device,
+    on_device,
     padded_batches,
-    resident,
     stream,
 )
 from tinyvgg_jax.data.splits import DatasetInfo, Split, load_splits
 
+# The splits of every run, by the names that its config gives their specifications.
+SPLITS = ("train", "validation", "test")
+
 __all__ = [
+    "SPLITS",
     "Batch",
     "DatasetInfo",
     "Split",
     "epoch_order",
     "fits_on_device",
     "load_splits",
+    "on_device",
     "padded_batches",
-    "resident",
     "stream",
 ]

@@ -85,7 +85,7 @@ def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Batch, int]]
         yield Batch(*jax.device_put((images, labels))), batch_size - missing
 
 
-def resident(split: Split) -> Batch:
+def on_device(split: Split) -> Batch:
     """All examples of a split on the device: `[N, H, W, C]` uint8 and `[N]` int32."""
     return Batch(*jax.device_put((np.asarray(split.images), np.asarray(split.labels))))
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tinyvgg_jax.cache import cache_dir
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.system import cache_dir
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,1 @@
-"""A run to look at: pictures of one of its evaluations, and a page that shows them."""
-
-from tinyvgg_jax.report.page import write_report as write_report
-
-__all__ = ["write_report"]
+"""What people see of a run: tables, progress, scores, plots, pages, comparisons, explanations."""

@@ -13,17 +13,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.evaluate import Evaluated
-from tinyvgg_jax.metrics import accuracy_interval, calibration
 from tinyvgg_jax.report import plots
-from tinyvgg_jax.reporting import PAPER, write_atomically
+from tinyvgg_jax.report.evaluation import CheckpointEvaluation
+from tinyvgg_jax.report.scores import accuracy_interval, calibration
+from tinyvgg_jax.report.tables import PAPER
+from tinyvgg_jax.runs.folder import write_text, writing_to
 
 _WRONG, _RIGHT = 24, 24
 _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
-def write_report(evaluated: Evaluated, content: dict[str, Any]) -> Path:
+def write_report(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> Path:
     """Writes the pictures of an evaluation and the page that shows them.
 
     Into the run's folder: `evaluation/SPLIT/*.png`, and `evaluation/report.html`.
@@ -42,7 +42,7 @@ def write_report(evaluated: Evaluated, content: dict[str, Any]) -> Path:
     folder, page = workdir / "evaluation" / split, workdir / "evaluation" / "report.html"
     drawings = _drawings(evaluated, content)
     wrong, right = _most_confidently_wrong(evaluated), _sample_of_right(evaluated)
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, draw in drawings.items():
             (folder / f"{name}.png").write_bytes(plots.png(draw(plots.LIGHT)))
@@ -50,16 +50,14 @@ def write_report(evaluated: Evaluated, content: dict[str, Any]) -> Path:
             captions = ["\n".join(_caption(evaluated, index)) for index in chosen]
             figure = plots.gallery(evaluated.data.images[chosen], captions)
             (folder / f"{name}.png").write_bytes(plots.png(figure))
-        write_atomically(page, _page(evaluated, content, drawings, wrong, right))
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or page}: {error.strerror}.") from error
+    write_text(page, _page(evaluated, content, drawings, wrong, right))
     return page
 
 
 Drawing = Callable[[plots.Theme], Figure]
 
 
-def _drawings(evaluated: Evaluated, content: dict[str, Any]) -> dict[str, Drawing]:
+def _drawings(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> dict[str, Drawing]:
     matrix, names = np.asarray(content["confusion"]), evaluated.info.class_names
     curve = calibration(evaluated.result.probabilities, evaluated.data.labels)
     drawings: dict[str, Drawing] = {
@@ -97,23 +95,23 @@ def _summary(workdir: Path) -> dict[str, Any]:
     return content
 
 
-def _confidence(evaluated: Evaluated) -> np.ndarray:
+def _confidence(evaluated: CheckpointEvaluation) -> np.ndarray:
     return evaluated.result.probabilities.max(axis=1)
 
 
-def _most_confidently_wrong(evaluated: Evaluated) -> np.ndarray:
+def _most_confidently_wrong(evaluated: CheckpointEvaluation) -> np.ndarray:
     """Indices of the wrong predictions with the highest confidence."""
     wrong = np.flatnonzero(evaluated.result.predicted != evaluated.data.labels)
     return wrong[np.argsort(-_confidence(evaluated)[wrong], kind="stable")][:_WRONG]
 
 
-def _sample_of_right(evaluated: Evaluated) -> np.ndarray:
+def _sample_of_right(evaluated: CheckpointEvaluation) -> np.ndarray:
     """Indices of right predictions drawn by lot, the same every time."""
     right = np.flatnonzero(evaluated.result.predicted == evaluated.data.labels)
     return np.random.default_rng(0).permutation(right)[:_RIGHT]
 
 
-def _caption(evaluated: Evaluated, index: int) -> list[str]:
+def _caption(evaluated: CheckpointEvaluation, index: int) -> list[str]:
     names, result = evaluated.info.class_names, evaluated.result
     label, predicted = evaluated.data.labels[index], result.predicted[index]
     confidence = _confidence(evaluated)[index]
@@ -125,7 +123,7 @@ def _caption(evaluated: Evaluated, index: int) -> list[str]:
 
 
 def _page(
-    evaluated: Evaluated,
+    evaluated: CheckpointEvaluation,
     content: dict[str, Any],
     drawings: dict[str, Drawing],
     wrong: np.ndarray,
@@ -165,7 +163,7 @@ def _text(value: object) -> str:
     return html.escape(str(value).encode(errors="replace").decode())
 
 
-def _facts(evaluated: Evaluated) -> str:
+def _facts(evaluated: CheckpointEvaluation) -> str:
     summary = _summary(evaluated.workdir)
     facts = [f"{evaluated.parameters:,} parameters"]
     if summary:
@@ -175,7 +173,7 @@ def _facts(evaluated: Evaluated) -> str:
     return _text(", ".join(facts))
 
 
-def _headline(evaluated: Evaluated, content: dict[str, Any]) -> str:
+def _headline(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> str:
     """The accuracies of the three splits; of an unfinished run, of the one that was evaluated."""
     summary = _summary(evaluated.workdir)
     known = {name: summary.get(f"{name}_accuracy") for name in PAPER}
@@ -210,7 +208,7 @@ def _picture(draw: Drawing, alt: str) -> str:
     )
 
 
-def _tiles(evaluated: Evaluated, chosen: np.ndarray) -> str:
+def _tiles(evaluated: CheckpointEvaluation, chosen: np.ndarray) -> str:
     if not len(chosen):
         return "<p>None.</p>"
     tiles = []

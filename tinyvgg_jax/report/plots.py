@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from tinyvgg_jax.metrics import Calibration
+from tinyvgg_jax.report.scores import Calibration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ import numpy as np
 from jax import Array
 from matplotlib.figure import Figure, SubFigure
 
-from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.ops.pooling import max_pool_2x2
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import load_picture
-from tinyvgg_jax.pooling import max_pool_2x2
 from tinyvgg_jax.predict import Predictor, load_predictor
+from tinyvgg_jax.runs.folder import writing_to
 from tinyvgg_jax.step import to_float
 
 _COLUMNS_OF_MAPS = 16
@@ -117,12 +117,10 @@ def explain_file(
     picture = load_picture(path, predictor.image_shape, invert)
     explanation = explain(predictor, picture.pixels)
     target = local_path(output) if output else workdir / "explain" / f"{path.stem}.png"
-    try:
+    with writing_to(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         figure = draw(explanation, predictor.class_names)
         figure.savefig(target, format="png", dpi=100)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}.") from error
     return target
 
 

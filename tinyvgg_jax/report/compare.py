@@ -9,14 +9,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from tinyvgg_jax import seeds
 from tinyvgg_jax.data import Split
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.evaluate import Evaluated, evaluate_checkpoint
-from tinyvgg_jax.metrics import McNemar, accuracy_interval, mcnemar
 from tinyvgg_jax.paths import local_path
-from tinyvgg_jax.runs import run_config
+from tinyvgg_jax.report.evaluation import (
+    CheckpointEvaluation,
+    DataFolders,
+    evaluate_checkpoint,
+)
+from tinyvgg_jax.report.scores import McNemar, accuracy_interval, mcnemar
+from tinyvgg_jax.runs import seeds
+from tinyvgg_jax.runs.restore import run_config
 
+_OF_THE_CONFIGS = DataFolders()
 # Up to so many runs the table has a line for each pair of them.
 _EACH_PAIR = 3
 
@@ -77,8 +82,7 @@ def compare_runs(
     workdirs: Sequence[str | Path],
     split: str = "test",
     step: int | str = "latest",
-    data_dir: str | None = None,
-    source_dir: str | None = None,
+    folders: DataFolders = _OF_THE_CONFIGS,
 ) -> Comparison:
     """Evaluates runs on the same examples and compares each with each.
 
@@ -86,8 +90,7 @@ def compare_runs(
         workdirs: folders of two runs or more.
         split: "train", "validation" or "test".
         step: as in `restore`.
-        data_dir: tfds's folder, where it is not the configs'.
-        source_dir: likewise.
+        folders: where the data lies, where that is not what the configs say.
 
     Returns:
         The comparison.
@@ -103,7 +106,7 @@ def compare_runs(
     for workdir in workdirs:
         folder = local_path(workdir)
         evaluated = [
-            evaluate_checkpoint(one, split, step, data_dir, source_dir)
+            evaluate_checkpoint(one, split, step, folders)
             for one in seeds.folders(folder, run_config(folder))
         ]
         first = first or evaluated[0].data
@@ -118,7 +121,7 @@ def _same(ours: Split, theirs: Split) -> bool:
     return np.array_equal(ours.labels, theirs.labels) and np.array_equal(ours.images, theirs.images)
 
 
-def _compared(workdir: str | Path, evaluated: list[Evaluated]) -> ComparedRun:
+def _compared(workdir: str | Path, evaluated: list[CheckpointEvaluation]) -> ComparedRun:
     result = evaluated[0].result
     accuracies = [one.result.accuracy for one in evaluated]
     statistics = seeds.statistics_of(accuracies)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.checkpoint import Checkpoints, Restored
+from tinyvgg_jax.runs.checkpoint import Checkpoints, Restored
 from tinyvgg_jax.data import DatasetInfo
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG

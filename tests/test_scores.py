@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from tinyvgg_jax.metrics import (
+from tinyvgg_jax.report.scores import (
     accuracy_interval,
     calibration,
     confusion_matrix,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tinyvgg_jax.cache import cache_dir
+from tinyvgg_jax.system import cache_dir
 
 logger = logging.getLogger(__name__)
 

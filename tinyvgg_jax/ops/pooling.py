@@ -75,7 +75,7 @@ def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array]:
 lean_max_pool_2x2.defvjp(_forward, _backward)
 
 
-def which_are_maxima(x: Array, pooled: Array) -> Array:
+def maxima_mask(x: Array, pooled: Array) -> Array:
     """Where the maxima of the 2x2 squares are, in a byte each.
 
     Args:
@@ -89,12 +89,12 @@ def which_are_maxima(x: Array, pooled: Array) -> Array:
     return (is_maximum << _BITS).sum(axis=(2, 4), dtype=jnp.uint8)
 
 
-def share_among_maxima(share: Array, maxima: Array, size: tuple[int, ...]) -> Array:
+def scatter_to_maxima(share: Array, maxima: Array, size: tuple[int, ...]) -> Array:
     """The gradient of what is pooled, of which each maximum has its square's share.
 
     Args:
         share: `[B, H // 2, W // 2, C]`.
-        maxima: the same shape, from `which_are_maxima`.
+        maxima: the same shape, from `maxima_mask`.
         size: H and W.
 
     Returns:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tinyvgg_jax import native
-from tinyvgg_jax.pooling import lean_max_pool_2x2, share_among_maxima, which_are_maxima
+from tinyvgg_jax.ops import winograd
+from tinyvgg_jax.ops.pooling import lean_max_pool_2x2, maxima_mask, scatter_to_maxima
 
 # Output pixels whose patches are gathered at a time: the best of 196 to 25,088 on two cores
 # of an AMD EPYC at the model's own shapes. It also bounds the extra memory.
@@ -83,14 +83,14 @@ def _native(images: Array, kernel: Array) -> bool:
         and 0 not in images.shape + kernel.shape
         # On other platforms nothing is gained by compiling it.
         and jax.default_backend() == "cpu"
-        and native.available()
+        and winograd.available()
     )
 
 
 def _native_gradients(images: Array, kernel: Array, gradient: Array, passed: Array) -> Gradients:
     """By `native`, which says what `passed` is."""
-    of_images = native.input_gradient(gradient, passed, kernel, images.shape)
-    return of_images, *native.parameter_gradient(images, gradient, passed)
+    of_images = winograd.input_gradient(gradient, passed, kernel, images.shape)
+    return of_images, *winograd.parameter_gradient(images, gradient, passed)
 
 
 def _xla_gradients(images: Array, kernel: Array, gradient: Array) -> Gradients:
@@ -111,7 +111,7 @@ def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
         `[B, H, W, C_out]`, the same dtype.
     """
     plain = plain_convolution_relu
-    cpu = native.convolution_relu if _native(images, kernel) else plain
+    cpu = winograd.convolution_relu if _native(images, kernel) else plain
     return lax.platform_dependent(images, kernel, bias, cpu=cpu, default=plain)
 
 
@@ -164,9 +164,9 @@ def _fused_forward(
     def xla(images: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
         output = plain_convolution_relu(images, kernel, bias)
         pooled = lean_max_pool_2x2(output)
-        return pooled, which_are_maxima(output, pooled) * (pooled > 0)
+        return pooled, maxima_mask(output, pooled) * (pooled > 0)
 
-    cpu = native.convolution_relu_pool
+    cpu = winograd.convolution_relu_pool
     pooled, maxima = lax.platform_dependent(images, kernel, bias, cpu=cpu, default=xla)
     return pooled, (images, kernel, maxima)
 
@@ -176,7 +176,7 @@ def _fused_backward(residuals: tuple[Array, Array, Array], gradient: Array) -> G
     share = gradient / jnp.maximum(lax.population_count(maxima), 1)
 
     def xla(images: Array, kernel: Array, share: Array, maxima: Array) -> Gradients:
-        of_output = share_among_maxima(share, maxima, images.shape[1:3])
+        of_output = scatter_to_maxima(share, maxima, images.shape[1:3])
         return _xla_gradients(images, kernel, of_output)
 
     return lax.platform_dependent(images, kernel, share, maxima, cpu=_native_gradients, default=xla)

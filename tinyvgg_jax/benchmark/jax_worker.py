@@ -1,4 +1,4 @@
-"""The contestant tinyvgg_jax: `python -m tinyvgg_jax.benchmark.ours`, led by `contest`."""
+"""The contestant tinyvgg_jax: `python -m tinyvgg_jax.benchmark.jax_worker`, led by `contest`."""
 
 import functools
 import itertools
@@ -13,12 +13,12 @@ import numpy as np
 
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.benchmark.worker import Prepared, serve
-from tinyvgg_jax.cache import keep_compiled_programs
-from tinyvgg_jax.data import Split, epoch_order, resident, stream
+from tinyvgg_jax.data import Split, epoch_order, on_device, stream
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.optimizer import make_optimizer
-from tinyvgg_jax.pipeline import DevicePipeline, Keys, Progress, StreamPipeline
-from tinyvgg_jax.step import Augmentation, Metrics, TrainState, init_state, make_train_step
+from tinyvgg_jax.pipeline import CallResult, DevicePipeline, Keys, StreamPipeline
+from tinyvgg_jax.step import Augmentation, StepSums, TrainState, init_state, make_train_step
+from tinyvgg_jax.system import enable_compilation_cache
 
 IMAGE_SHAPE = (28, 28, 1)
 
@@ -78,9 +78,9 @@ def train(case: dict[str, Any]) -> Prepared:
 
 def endless(
     pipeline: DevicePipeline | StreamPipeline, state: TrainState
-) -> Iterator[tuple[Progress, int]]:
+) -> Iterator[tuple[CallResult, int]]:
     """Epoch after epoch, what the pipeline yields, and how many steps each call took."""
-    sums = Metrics.zero()
+    sums = StepSums.zero()
     for epoch in itertools.count():
         done = 0
         for now in pipeline.epoch(state, sums, epoch, 0):
@@ -97,7 +97,7 @@ def counted(step: Any, case: dict[str, Any]) -> float | None:
     )
     init = functools.partial(init_state, model, optimizer, image_shape=IMAGE_SHAPE)
     state: TrainState = jax.eval_shape(init, jax.random.key(0))
-    batch = resident(synthetic_split(case["batch_size"]))
+    batch = on_device(synthetic_split(case["batch_size"]))
     compiled = jax.jit(step).lower(state, batch, jax.random.key(0)).compile()
     analysis = compiled.cost_analysis()
     return None if analysis is None else analysis.get("flops")
@@ -178,5 +178,5 @@ def device_facts() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    keep_compiled_programs()
+    enable_compilation_cache()
     serve(prepare)

@@ -16,22 +16,22 @@ import numpy as np
 import pytest
 from jax import Array
 
-from tinyvgg_jax import native
-from tinyvgg_jax.convolution import convolution_relu
+from tinyvgg_jax.ops import winograd
+from tinyvgg_jax.ops.convolution import convolution_relu
 
 
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As in a process that did not ask for the compiled convolutions yet, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "available", native.available.__wrapped__)
+    monkeypatch.setattr(winograd, "available", winograd.available.__wrapped__)
     return tmp_path / "tinyvgg_jax" / "native"
 
 
 @pytest.fixture
 def compiled() -> None:
     """The functions, registered: where the tests run, there is a C compiler."""
-    assert native.available()
+    assert winograd.available()
 
 
 @pytest.mark.usefixtures("compiled")
@@ -40,16 +40,16 @@ def test_runs_are_equal_bit_for_bit() -> None:
     images = jax.random.normal(keys[0], (32, 14, 14, 64))
     kernel = jax.random.normal(keys[1], (3, 3, 64, 128))
     gradient, bias = jax.random.normal(keys[2], (32, 14, 14, 128)), jnp.ones(128)
-    output = jax.jit(native.convolution_relu)(images, kernel, bias)
-    share, maxima = jax.jit(native.convolution_relu_pool)(images, kernel, bias)
-    of_input = partial(native.input_gradient, shape=images.shape)
+    output = jax.jit(winograd.convolution_relu)(images, kernel, bias)
+    share, maxima = jax.jit(winograd.convolution_relu_pool)(images, kernel, bias)
+    of_input = partial(winograd.input_gradient, shape=images.shape)
     calls: list[tuple[Callable[..., Any], tuple[Array, ...]]] = [
-        (native.convolution_relu, (images, kernel, bias)),
-        (native.convolution_relu_pool, (images, kernel, bias)),
+        (winograd.convolution_relu, (images, kernel, bias)),
+        (winograd.convolution_relu_pool, (images, kernel, bias)),
         (of_input, (gradient, output, kernel)),
         (of_input, (share, maxima, kernel)),
-        (native.parameter_gradient, (images, gradient, output)),
-        (native.parameter_gradient, (images, share, maxima)),
+        (winograd.parameter_gradient, (images, gradient, output)),
+        (winograd.parameter_gradient, (images, share, maxima)),
     ]
     for function, arguments in calls:
         compiled = jax.jit(function)
@@ -62,7 +62,7 @@ def test_runs_are_equal_bit_for_bit() -> None:
 def test_calls_from_many_threads_at_once() -> None:
     images = jax.random.normal(jax.random.key(0), (8, 12, 12, 16))
     kernels = jax.random.normal(jax.random.key(1), (8, 3, 3, 16, 32))
-    call = jax.jit(native.convolution_relu)
+    call = jax.jit(winograd.convolution_relu)
     expected = [np.asarray(call(images, kernel, jnp.zeros(32))) for kernel in kernels]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(call, images, kernels[i % 8], jnp.zeros(32)) for i in range(64)]
@@ -71,18 +71,18 @@ def test_calls_from_many_threads_at_once() -> None:
 
 
 def test_it_is_compiled_once_and_kept(forgetful: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    native._load()
+    winograd._load()
     assert [path.suffix for path in forgetful.iterdir()] == [".so"]
-    monkeypatch.setattr(native, "_compile", None)
-    native._load()
+    monkeypatch.setattr(winograd, "_compile", None)
+    winograd._load()
 
 
 def test_a_damaged_library_is_compiled_again(forgetful: Path) -> None:
-    native._load()
+    winograd._load()
     (library,) = forgetful.iterdir()
     library.unlink()
     library.write_bytes(b"not a library")
-    assert isinstance(native._load(), ctypes.CDLL)
+    assert isinstance(winograd._load(), ctypes.CDLL)
     assert library.stat().st_size > 1000
 
 
@@ -91,14 +91,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     forgetful.parent.write_text("a file where the folder should be")
     with caplog.at_level(logging.INFO):
-        assert isinstance(native._load(), ctypes.CDLL)
+        assert isinstance(winograd._load(), ctypes.CDLL)
     assert "not kept" in caplog.text
 
 
 def test_where_there_is_a_compiler_it_compiles_them() -> None:
     names = (os.environ.get("CC"), "cc", "gcc", "clang")
     if any(name and shutil.which(name) for name in names):
-        assert native.available()
+        assert winograd.available()
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_xla_does_it_where_nothing_is_compiled_and_a_failure_is_a_warning(
 ) -> None:
     install_compiler(script)
     with caplog.at_level(logging.DEBUG, "tinyvgg_jax"):
-        assert not native.available()
+        assert not winograd.available()
     (record,) = caplog.records
     assert record.levelno == level
     assert "several times slower" in record.getMessage() and message in record.getMessage()
@@ -165,14 +165,14 @@ def test_it_can_be_turned_off_and_says_nothing(
     install_compiler(REFUSES)
     monkeypatch.setenv("TINYVGG_JAX_NATIVE", "0")
     with caplog.at_level(logging.DEBUG, "tinyvgg_jax"):
-        assert not native.available()
+        assert not winograd.available()
     assert not caplog.records
     assert not forgetful.exists()
 
 
 @pytest.mark.slow
 def test_several_processes_compile_at_once(tmp_path: Path) -> None:
-    code = "from tinyvgg_jax import native; raise SystemExit(not native.available())"
+    code = "from tinyvgg_jax.ops import winograd; raise SystemExit(not winograd.available())"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]

@@ -1,106 +1,12 @@
-"""What a run tells people and tools: the progress bar, metrics.jsonl, TensorBoard, tables."""
+"""Tables for the terminal."""
 
-import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-# Between two looks at the device's figures, and between lines where there is no terminal.
-_LOOK_SECONDS = 0.5
-_LINE_SECONDS = 60.0
 # The paper's accuracies, in percent.
 PAPER = {"train": 90.3, "validation": 89.7, "test": 89.5}
-
-
-class Progress:
-    """The progress of one epoch on standard error: a bar on a terminal, lines elsewhere."""
-
-    def __init__(self, epoch: int, num_epochs: int, first_step: int, steps: int, batch_size: int):
-        self._title = f"epoch {epoch}/{num_epochs}"
-        self._batch_size = batch_size
-        self._start = self._last_look = self._last_line = time.monotonic()
-        self._first_step, self._steps = first_step, steps
-        self._is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            desc=self._title,
-            total=steps * batch_size,
-            initial=first_step * batch_size,
-            unit=" images",
-            unit_scale=True,
-            disable=not self._is_terminal,
-            leave=False,
-        )
-
-    def is_due(self) -> bool:
-        """Whether it is time to fetch figures from the device and call `show`."""
-        return time.monotonic() - self._last_look >= _LOOK_SECONDS
-
-    def show(self, step: int, loss: float, accuracy: float) -> None:
-        """Shows figures of the epoch so far: its finished steps, mean loss and accuracy."""
-        now = self._last_look = time.monotonic()
-        if self._is_terminal:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
-            self._bar.update(step * self._batch_size - self._bar.n)
-            return
-        if now - self._last_line < _LINE_SECONDS:
-            return
-        self._last_line = now
-        rate = (step - self._first_step) / (now - self._start)
-        left = (self._steps - step) / rate if rate else float("nan")
-        print(
-            f"{self._title}, step {step}/{self._steps}: loss {loss:.4f}, accuracy {accuracy:.2%}, "
-            f"{rate * self._batch_size:,.0f} images/s, {left:.0f} s left in the epoch",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def close(self) -> None:
-        """Takes the bar off the terminal."""
-        self._bar.close()
-
-
-def epoch_line(records: list[dict[str, Any]], num_epochs: int) -> str:
-    """One line on a finished epoch, from its records in metrics.jsonl: means, if several."""
-    record = {
-        name: sum(one[name] for one in records) / len(records)
-        for name, value in records[0].items()
-        if isinstance(value, float)
-    }
-    return (
-        f"epoch {records[0]['epoch']}/{num_epochs}: "
-        + (f"mean of {len(records)} seeds, " if len(records) > 1 else "")
-        + f"train loss {record['train_loss']:.4f}, accuracy {record['train_accuracy']:.2%}; "
-        f"validation loss {record['validation_loss']:.4f}, "
-        f"accuracy {record['validation_accuracy']:.2%}; "
-        f"{record['seconds']:.1f} s, {record['images_per_second']:,.0f} images/s"
-    )
-
-
-def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """Writes metrics.jsonl anew, in one step: a line an epoch."""
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in history))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file, so that a reader and a crash see the old or the new one, whole."""
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
-
-
-def tensorboard_scalars(writer: Any, record: dict[str, Any]) -> None:
-    """Adds an epoch's record to a tensorboardX writer, in TensorBoard's two groups."""
-    for name, value in record.items():
-        split, _, kind = name.partition("_")
-        if split in ("train", "validation"):
-            writer.add_scalar(f"{kind}/{split}", value, record["step"])
-    writer.add_scalar("learning_rate", record["learning_rate"], record["step"])
-    writer.add_scalar("images_per_second", record["images_per_second"], record["step"])
-    writer.flush()
 
 
 def summary_table(summary: dict[str, Any], workdir: Path) -> str:

@@ -190,7 +190,7 @@ class Checkpoints:
             restored = self._restore_if_intact(step, params, opt_state)
             if restored is not None:
                 return restored
-            self._set_aside(step)
+            self._quarantine(step)
         damaged = _damaged_folder(self._folder)
         if steps or damaged.exists():
             raise UserError(
@@ -244,7 +244,7 @@ class Checkpoints:
         except Exception as error:
             # A damaged file shows as one of a dozen exception types, plain Exception included.
             if not isinstance(error, _DamagedError):
-                self._refuse_to_blame(step, wanted, error)
+                self._require_damage(step, wanted, error)
             logger.warning("The checkpoint of step %d is damaged: %s", step, self._reason(error))
             return None
 
@@ -306,7 +306,7 @@ class Checkpoints:
                 checkpointer.metadata(self._orbax_folder / str(step) / name).item_metadata
             )
 
-    def _refuse_to_blame(self, step: int, wanted: dict[str, Any], error: Exception) -> None:
+    def _require_damage(self, step: int, wanted: dict[str, Any], error: Exception) -> None:
         """Raises a UserError unless files that did not restore must be damaged.
 
         They must be if each of them can be read to its end, and if other arrays of the same shapes
@@ -337,9 +337,9 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError):
             return -1.0
 
-    def _set_aside(self, step: int) -> None:
+    def _quarantine(self, step: int) -> None:
         """Moves a damaged checkpoint out of the way: Orbax saves no step that it has already."""
-        _move_aside(self._folder / str(step))
+        _quarantine_folder(self._folder / str(step))
         self._manager.reload()
 
     def _refuse_unreadable_metrics(self) -> None:
@@ -355,7 +355,7 @@ class Checkpoints:
                 if self._read_only:
                     raise UserError(f"{file} is damaged; move {folder} away.") from error
                 logger.warning("The checkpoint of step %s is damaged: %s", folder.name, error)
-                _move_aside(folder)
+                _quarantine_folder(folder)
 
     @contextlib.contextmanager
     def _as_user_error(self, what: str) -> Iterator[None]:
@@ -465,7 +465,7 @@ def _damaged_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.damaged")
 
 
-def _move_aside(step_folder: Path) -> None:
+def _quarantine_folder(step_folder: Path) -> None:
     damaged = _damaged_folder(step_folder.parent)
     damaged.mkdir(exist_ok=True)
     target = damaged / step_folder.name

@@ -1,6 +1,6 @@
 """The contestant PyTorch: the same network and step, as its users write them.
 
-`python -m tinyvgg_jax.benchmark.torch_peer`, led by `contest`. A case has, beyond ours:
+`python -m tinyvgg_jax.benchmark.torch_worker`, led by `contest`. A case has, beyond ours:
 `channels_last`, and `compile`: "" (eager), "default", "reduce-overhead" (CUDA graphs of the
 passes) or "cuda-graph" (a graph of the whole step, captured by hand).
 """

@@ -4,7 +4,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tinyvgg_jax.cache import cache_dir, keep_compiled_programs
+from tinyvgg_jax.system import cache_dir, enable_compilation_cache
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_programs_are_kept_in_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_folder_set: None
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keep_compiled_programs()
+    enable_compilation_cache()
     folder = tmp_path / "tinyvgg_jax" / "compiled"
     assert jax.config.jax_compilation_cache_dir == str(folder)  # type: ignore[attr-defined]
     assert folder.is_dir()
@@ -43,7 +43,7 @@ def test_a_folder_that_the_user_chose_is_left_alone(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "/chosen")
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == "/chosen"  # type: ignore[attr-defined]
     assert not list(tmp_path.iterdir())
 
@@ -53,5 +53,5 @@ def test_a_cache_that_cannot_be_made_is_done_without(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]

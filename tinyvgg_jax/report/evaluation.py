@@ -1,0 +1,234 @@
+"""The evaluation of a run's checkpoint: on what, what came out, and the JSON that keeps it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinyvgg_jax import config as config_lib
+from tinyvgg_jax.data import SPLITS, DatasetInfo, Split, load_splits
+from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.evaluate import Evaluation, evaluate
+from tinyvgg_jax.model import count_parameters
+from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.report.scores import calibration, confusion_matrix, precision_recall_f1
+from tinyvgg_jax.runs import seeds
+from tinyvgg_jax.runs.folder import write_json, writing_to
+from tinyvgg_jax.runs.restore import restore_checkpoint, run_config, run_info, single_run_config
+
+
+class DataFolders(NamedTuple):
+    """Where the data lies on this machine, instead of where the config says; None is the config's.
+
+    Attributes:
+        data_dir: tfds's folder of datasets.
+        source_dir: folder of IDX files to prepare from.
+    """
+
+    data_dir: str | None = None
+    source_dir: str | None = None
+
+
+_OF_THE_CONFIG = DataFolders()
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointEvaluation:
+    """The metrics of a run's checkpoint on a split.
+
+    Attributes:
+        workdir: the run's folder.
+        split: the split's name.
+        step: optimizer steps of the checkpoint.
+        data: the split's examples.
+        info: of the dataset.
+        parameters: number of the network's parameters.
+        result: the metrics.
+        flipped: the metrics on the mirrored images, None unless asked for.
+    """
+
+    workdir: Path
+    split: str
+    step: int
+    data: Split
+    info: DatasetInfo
+    parameters: int
+    result: Evaluation
+    flipped: Evaluation | None = None
+
+    @property
+    def flip_averaged_accuracy(self) -> float | None:
+        """The accuracy of the mean logits of each image and its mirror image, a fraction."""
+        if self.flipped is None:
+            return None
+        logits = self.result.logits + self.flipped.logits
+        return float((logits.argmax(axis=1) == self.data.labels).mean())
+
+
+def check_split(split: str) -> None:
+    """Raises a UserError unless a run has a split of this name."""
+    if split not in SPLITS:
+        nearest = config_lib.suggestion(split, SPLITS)
+        raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}{nearest}")
+
+
+def evaluate_checkpoint(
+    workdir: str | Path,
+    split: str = "test",
+    step: int | str = "latest",
+    folders: DataFolders = _OF_THE_CONFIG,
+    flip_averaging: bool = False,
+) -> CheckpointEvaluation:
+    """Evaluates a checkpoint of a run and writes nothing; see `evaluate_run`."""
+    check_split(split)
+    workdir = local_path(workdir)
+    config = single_run_config(workdir)
+    model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
+    splits, info = load_splits(
+        config.data.name,
+        {split: config.data[f"{split}_split"]},
+        folders.data_dir or config.data.data_dir,
+        folders.source_dir or config.data.source_dir,
+    )
+    if info != run_info(workdir):
+        raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
+    data = splits[split]
+    result = evaluate(model, restored.params, data)
+    flipped = None
+    if flip_averaging:
+        mirrored = Split(np.ascontiguousarray(data.images[:, :, ::-1]), data.labels)
+        flipped = evaluate(model, restored.params, mirrored)
+    return CheckpointEvaluation(
+        workdir,
+        split,
+        restored.step,
+        data,
+        info,
+        count_parameters(restored.params),
+        result,
+        flipped,
+    )
+
+
+def evaluate_run(
+    workdir: str | Path,
+    split: str = "test",
+    step: int | str = "latest",
+    folders: DataFolders = _OF_THE_CONFIG,
+    flip_averaging: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run and writes `evaluation/SPLIT.json` into its folder.
+
+    Args:
+        workdir: the folder that `train_and_evaluate` wrote.
+        split: "train", "validation" or "test", as the run's config defines them.
+        step: as in `restore`.
+        folders: where the data lies, where that is not what the config says.
+        flip_averaging: whether to find also the accuracy of the mean of both views of an image.
+
+    Returns:
+        What was written; see `evaluation_content`.
+
+    Raises:
+        UserError: if there is no such run, checkpoint or split.
+    """
+    evaluated = evaluate_checkpoint(workdir, split, step, folders, flip_averaging)
+    content = evaluation_content(evaluated)
+    write_evaluation(evaluated.workdir, split, content)
+    return content
+
+
+def evaluation_content(evaluated: CheckpointEvaluation) -> dict[str, Any]:
+    """Makes the content of `evaluation/SPLIT.json`.
+
+    Returns:
+        `accuracy`, `loss`, `count`, `correct`, `step`,
+        `expected_calibration_error`, `confusion` (`[num_classes][num_classes]` counts, a row for
+        each true class), and `per_class`, a list of `class`, `accuracy`, `count`, `correct`,
+        `precision`, `recall` and `f1`. Accuracies and the like are fractions. Where mirrored
+        images were evaluated too, `flip_averaged_accuracy`.
+    """
+    result, names = evaluated.result, evaluated.info.class_names
+    confusion = confusion_matrix(evaluated.data.labels, result.predicted, len(names))
+    scores = np.stack(precision_recall_f1(confusion), axis=1)
+    content = {
+        "accuracy": result.accuracy,
+        "loss": result.mean_loss,
+        "count": result.count,
+        "correct": result.correct,
+        "step": evaluated.step,
+        "expected_calibration_error": calibration(
+            result.probabilities, evaluated.data.labels
+        ).expected_error,
+        "per_class": [
+            {
+                "class": name,
+                "accuracy": int(correct) / int(count) if count else None,
+                "count": int(count),
+                "correct": int(correct),
+                **dict(zip(("precision", "recall", "f1"), map(float, score), strict=True)),
+            }
+            for name, correct, count, score in zip(
+                names, result.correct_per_class, result.count_per_class, scores, strict=True
+            )
+        ],
+        "confusion": confusion.tolist(),
+    }
+    if evaluated.flipped is not None:
+        content["flip_averaged_accuracy"] = evaluated.flip_averaged_accuracy
+    return content
+
+
+def write_evaluation(workdir: Path, split: str, content: dict[str, Any]) -> None:
+    """Writes `evaluation/SPLIT.json` into a run's folder.
+
+    Raises:
+        UserError: if that cannot be written.
+    """
+    folder = workdir / "evaluation"
+    with writing_to(folder):
+        folder.mkdir(exist_ok=True)
+    write_json(folder / f"{split}.json", content)
+
+
+def evaluate_seeds(
+    workdir: str | Path,
+    split: str = "test",
+    step: int | str = "latest",
+    folders: DataFolders = _OF_THE_CONFIG,
+    flip_averaging: bool = False,
+) -> dict[Path, dict[str, Any]]:
+    """Evaluates all runs of a run of several seeds, and their ensemble, and writes nothing.
+
+    Args and errors are those of `evaluate_run`.
+
+    Returns:
+        For the folder of each seed its `evaluation_content`; and for `workdir` `accuracy` and
+        `loss` (means), `seeds` (of both, and where asked for of `flip_averaged_accuracy`, as in
+        `seeds.statistics_of`), and `ensemble`: `accuracy`, `correct` and `count` of the mean of
+        the runs' probabilities.
+    """
+    check_split(split)
+    workdir = local_path(workdir)
+    contents: dict[Path, dict[str, Any]] = {}
+    total = None
+    for folder in seeds.folders(workdir, run_config(workdir)):
+        evaluated = evaluate_checkpoint(folder, split, step, folders, flip_averaging)
+        contents[folder] = evaluation_content(evaluated)
+        probabilities = evaluated.result.probabilities
+        total = probabilities if total is None else total + probabilities
+    assert total is not None
+    correct = int((total.argmax(axis=1) == evaluated.data.labels).sum())
+    count = evaluated.result.count
+    measured = ("accuracy", "loss") + ("flip_averaged_accuracy",) * flip_averaging
+    found = {
+        name: seeds.statistics_of([one[name] for one in contents.values()]) for name in measured
+    }
+    contents[workdir] = {
+        "accuracy": found["accuracy"]["mean"],
+        "loss": found["loss"]["mean"],
+        "seeds": found,
+        "ensemble": {"accuracy": correct / count, "correct": correct, "count": count},
+    }
+    return contents
