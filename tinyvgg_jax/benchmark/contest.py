@@ -88,6 +88,9 @@ class _Process:
             print(json.dumps(request), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
+            # Its last words may come after it has closed its output.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(30)
             self._log.seek(0)
             lines = self._log.read().strip().splitlines() or ["it ended without a word"]
             self.close()

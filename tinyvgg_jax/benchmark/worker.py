@@ -32,6 +32,8 @@ def serve(prepare: Callable[[dict[str, Any]], Prepared]) -> None:
     # Whatever a library prints must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    # Else it might be written at the exit only, after the error.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
     def answer(content: dict[str, Any]) -> None:
         print(json.dumps(content), file=answers, flush=True)
