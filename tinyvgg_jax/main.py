@@ -47,7 +47,7 @@ try:
     _CONFIG = config_flags.DEFINE_config_file(
         "config", help_string="A config file, or a recipe's name.", lock_config=True
     )
-except flags.Error as error:
+except (flags.Error, UnicodeDecodeError) as error:
     # Defining it reads the command line already, with the files that --flagfile names.
     print(f"tinyvgg_jax: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
     sys.exit(2)
@@ -79,6 +79,7 @@ def _parse(argv: list[str]) -> list[str]:
 
     Whatever is wrong with flags or the config file becomes a UserError.
     """
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     for argument in argv[1:]:
         field = re.match(r"--?config\.([^=]*)", argument)
         if field and field[1] not in config_lib.FIELDS:
@@ -129,6 +130,8 @@ def _with_recipes(argv: list[str]) -> list[str]:
 
 def _config_file(value: str) -> str:
     """The path of a recipe if the value is a bare name, else the value."""
+    if "://" in value:
+        return str(local_path(value))
     if not value or "/" in value or ".py" in value:
         return value
     if value not in _RECIPES:
@@ -252,8 +255,6 @@ def _predict(paths: list[str]) -> int:
     from tinyvgg_jax.report.tables import PredictionTable
 
     _start_jax()
-    # A file's name may be anything.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     predictor = load_predictor(workdir, step)
     status = 0
     table = None if _JSON.value else PredictionTable(predictor.class_names)
@@ -279,13 +280,13 @@ def _explain(paths: list[str]) -> int:
 
 
 def _compare(paths: list[str]) -> int:
-    step = _step("latest")
+    step, output = _step("latest"), local_path(_OUTPUT.value or "comparison.png")
     from tinyvgg_jax.report.compare import compare_runs, comparison_table, write_comparison
 
     _start_jax()
     comparison = compare_runs(paths, _SPLIT.value, step, _data_folders())
     print(comparison_table(comparison))
-    print(f"plot: {write_comparison(comparison, _OUTPUT.value or 'comparison.png')}")
+    print(f"plot: {write_comparison(comparison, output)}")
     return 0
 
 
@@ -328,6 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
+    # The name of a file may hold what this terminal cannot show, or bytes that are no text at all.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # A notebook names a backend of its own, which is not there outside of it. Nothing is shown in
     # a window here.
     os.environ["MPLBACKEND"] = "agg"
