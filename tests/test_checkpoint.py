@@ -15,8 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.runs import checkpoint
-from tinyvgg_jax.runs.checkpoint import Checkpoints, digest
+from tinyvgg_jax.runs import checkpoint, integrity
+from tinyvgg_jax.runs.checkpoint import Checkpoints
+from tinyvgg_jax.runs.integrity import digest
 
 # Orbax leaves coroutines behind when it fails to read, of which Python complains later.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -198,7 +199,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
 def test_a_folder_that_no_plain_path_leads_to_is_refused_before_anything_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_OPEN_FOLDERS", tmp_path / "nowhere")
+    monkeypatch.setattr(integrity, "_OPEN_FOLDERS", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"because of the characters in its path"):
         Checkpoints(tmp_path / "[a]")
 
@@ -206,8 +207,8 @@ def test_a_folder_that_no_plain_path_leads_to_is_refused_before_anything_is_save
 def test_a_save_that_cannot_be_read_back_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Then Orbax takes the brackets for a pattern, and loses what it saves.
-    monkeypatch.setattr(checkpoint, "_PLAIN_PATH", re.compile(".*"))
+    # Orbax treats the brackets as a pattern and loses what it saves.
+    monkeypatch.setattr(integrity, "_PLAIN_PATH", re.compile(".*"))
     with (
         Checkpoints(tmp_path / "[a]") as checkpoints,
         pytest.raises(UserError, match=r"what was saved cannot be read back in .*\[a\]"),
@@ -229,7 +230,7 @@ def forget_arrays(folder: Path) -> None:
     progress = json.loads(file.read_text())
     digests = progress.pop("digests")
     del progress["arrays"]
-    digests["progress"] = checkpoint._digest_json(progress)
+    digests["progress"] = integrity.digest_json(progress)
     file.write_text(json.dumps({**progress, "digests": digests}))
 
 
@@ -257,7 +258,7 @@ def test_what_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
         raise PermissionError(errno.EACCES, "Permission denied", str(where / "params"))
 
     truncate(folder / "2")
-    monkeypatch.setattr(checkpoint, "_read_all", refuse)
+    monkeypatch.setattr(checkpoint, "read_all_files", refuse)
     assert_left_alone(
         folder, r"cannot be read, and is left as it is: .*2/params: permission denied"
     )

@@ -1,1 +1,1 @@
-"""The folder of a run: what it holds, who may write to it, its checkpoints, several seeds."""
+"""The folder of a run: its files, its lock, its checkpoints, and runs of several seeds."""

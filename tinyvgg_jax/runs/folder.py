@@ -1,4 +1,4 @@
-"""A run's folder: how its files are written, whose it is, and who may train in it."""
+"""A run's folder: its lock, its JSON files, and the check that it holds no other run."""
 
 import contextlib
 import dataclasses
@@ -18,13 +18,17 @@ from tinyvgg_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# How file systems, mostly of networks, say that they have no locks.
+# Errors of file systems without locks, mostly network file systems.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names what could not be written."""
+    """Turns an OSError within the context into a UserError.
+
+    Args:
+        path: the file or folder to name in the message.
+    """
     try:
         yield
     except OSError as error:
@@ -32,10 +36,14 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file, so that a reader and a crash see the old or the new one, whole.
+    """Replaces a text file atomically: readers see the old file or the new one, never a part.
+
+    Args:
+        path: the file.
+        text: its new content, written as UTF-8.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
     scratch = path.with_name(f".{path.name}.new")
     with writing_to(path.parent):
@@ -44,28 +52,32 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(content: dict[str, Any]) -> str:
-    """Formats JSON as in all of a run's files, for people and programs."""
+    """Formats JSON with an indentation of two and a final newline, as in all files of a run."""
     return json.dumps(content, indent=2) + "\n"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file; errors are those of `write_text`."""
+    """Replaces a JSON file atomically; raises as `write_text` does."""
     write_text(path, json_text(content))
 
 
 def write_history(workdir: Path, history: list[dict[str, Any]]) -> None:
-    """Writes a run's `metrics.jsonl` anew: a line of JSON for each epoch."""
+    """Replaces a run's `metrics.jsonl`: one line of JSON for each finished epoch."""
     write_text(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
 
 def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
-    """Raises a UserError if a folder holds a run of another config, or checkpoints of none."""
+    """Checks that a folder is new, or holds a run of the same config.
+
+    Raises:
+        UserError: if it holds a run of another config, or checkpoints without a config.
+    """
     path = workdir / "config.json"
     with writing_to(workdir):
         is_run, has_checkpoints = path.exists(), (workdir / "checkpoints").exists()
     if has_checkpoints and not is_run:
         raise UserError(
-            f"{workdir} holds checkpoints, but no config.json that says of what. Put it back, or "
+            f"{workdir} holds checkpoints, but no config.json that describes them. Put it back, or "
             "pass another --workdir."
         )
     if is_run:
@@ -80,10 +92,16 @@ def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
 def describe(
     workdir: Path, config: ConfigDict, splits: dict[str, Split], info: DatasetInfo
 ) -> None:
-    """Writes `dataset.json` and `config.json`, which say whose the folder is.
+    """Writes `dataset.json` and `config.json`, which identify the folder's run.
+
+    Args:
+        workdir: the run's folder.
+        config: the run's config.
+        splits: the run's splits by name; their sizes are recorded.
+        info: the dataset's image shape and class names.
 
     Raises:
-        UserError: if they cannot be written, or the folder's run is of other data.
+        UserError: if the files cannot be written, or the folder holds a run on other data.
     """
     path = workdir / "dataset.json"
     sizes = {name: len(split) for name, split in splits.items()}
@@ -101,12 +119,12 @@ def describe(
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Makes a run's folder and keeps a second process from training in it.
+    """Creates a run's folder and locks it, so that no second process trains in it.
 
-    The lock ends with the process, however it ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
-        UserError: if another process holds the lock, or the folder cannot be made.
+        UserError: if another process holds the lock, or the folder cannot be created.
     """
     with writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A run: its parts, made from its config, and its state between two calls."""
+"""A run: its data, network and optimizer, made from its config; and its state."""
 
 import dataclasses
 import functools
@@ -33,15 +33,15 @@ from tinyvgg_jax.step import (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, none of which changes while it trains.
+    """The parts of a run that stay the same while it trains.
 
     Attributes:
-        config: validated.
-        workdir: its folder.
-        splits: "train", "validation" and "test".
-        info: of the dataset.
+        config: the validated config.
+        workdir: the run's folder.
+        splits: the examples of "train", "validation" and "test".
+        info: the dataset's image shape and class names.
         model: the network.
-        schedule: from the number of steps taken to the learning rate.
+        schedule: the learning rate as a function of the number of steps taken.
         optimizer: the Optax transformation.
     """
 
@@ -55,21 +55,21 @@ class Run:
 
     @functools.cached_property
     def key(self) -> Array:
-        """The key that all of the run's keys come from."""
+        """The PRNG key of the run's seed, from which all its keys are derived."""
         return jax.random.key(self.config.seed)
 
     @property
     def keys(self) -> Keys:
-        """The keys of the run's epochs."""
+        """The keys of the data order and of the random changes in a step."""
         return Keys(order=named_key(self.key, "order"), step=named_key(self.key, "augment"))
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of whole batches in the train split."""
+        """The number of whole batches in the train split; the remainder is left out."""
         return len(self.splits["train"]) // self.config.batch_size
 
     def train_step(self) -> TrainStep:
-        """Makes the pure train step that the config describes."""
+        """Makes the pure train step of the config: `(state, batch, key) -> (state, sums)`."""
         config, steps_per_epoch = self.config, self.steps_per_epoch
         settings = config.augment.to_dict()
         mixup_alpha = settings.pop("mixup_alpha")
@@ -87,7 +87,7 @@ class Run:
         )
 
     def init(self, key: Array) -> TrainState:
-        """Makes the state before the first step; pure."""
+        """Makes the state before the first step, as a pure function of a key."""
         average = self.config.ema_decay > 0
         return init_state(self.model, self.optimizer, key, self.info.image_shape, average)
 
@@ -95,15 +95,18 @@ class Run:
 def make_run(
     config: ConfigDict, workdir: Path, loaded: tuple[dict[str, Split], DatasetInfo] | None = None
 ) -> Run:
-    """Makes the parts of a run.
+    """Makes the parts of a run from its config.
 
     Args:
-        config: validated.
-        workdir: the run's folder; it is neither read nor written.
-        loaded: the splits and what the dataset says of itself, where they are loaded already.
+        config: a validated config.
+        workdir: the run's folder; it is neither read nor written here.
+        loaded: the splits and the dataset's info, if another run has loaded them already.
+
+    Returns:
+        The run.
 
     Raises:
-        UserError: if the data cannot be had, or the config does not fit them.
+        UserError: if the data cannot be loaded, or the config does not fit them.
     """
     data = config.data
     wanted = {name: data[f"{name}_split"] for name in SPLITS}
@@ -136,13 +139,13 @@ def make_run(
 
 @dataclasses.dataclass
 class RunState:
-    """Where a run is: everything that changes while it trains, and that a checkpoint holds.
+    """The state of a run: everything that changes while it trains, and that checkpoints hold.
 
     Attributes:
         train: parameters, optimizer state and step.
-        sums: over the steps of the epoch so far.
-        seconds: of training in this epoch so far.
-        history: the records of the epochs that are over, as in `metrics.jsonl`.
+        sums: sums of loss, correct predictions and examples over the current epoch so far.
+        seconds: training time of the current epoch so far.
+        history: one record for each finished epoch, as in `metrics.jsonl`.
     """
 
     train: TrainState
@@ -151,7 +154,7 @@ class RunState:
     history: list[dict[str, Any]]
 
     def save(self, checkpoints: Checkpoints, validation_accuracy: float | None) -> None:
-        """Starts saving; errors are those of `Checkpoints.save`."""
+        """Starts to save a checkpoint; arguments and errors are those of `Checkpoints.save`."""
         sums = jax.device_get(self.sums)
         progress = {
             "loss": float(sums.loss),
@@ -165,7 +168,11 @@ class RunState:
 
 
 def restore_state(run: Run, checkpoints: Checkpoints) -> RunState | None:
-    """Restores the newest intact checkpoint of a run; None if it has none yet."""
+    """Restores a run's state from its newest intact checkpoint; None if it has none yet.
+
+    Raises:
+        UserError: as `Checkpoints.restore_newest` does.
+    """
     abstract = jax.eval_shape(run.init, run.key)
     restored = checkpoints.restore_newest(*pack(abstract))
     if restored is None:
@@ -182,5 +189,5 @@ def restore_state(run: Run, checkpoints: Checkpoints) -> RunState | None:
 
 
 def first_state(run: Run) -> RunState:
-    """Makes the state of a run that begins."""
+    """Makes the state of a run before its first step."""
     return RunState(jax.jit(run.init)(named_key(run.key, "init")), StepSums.zero(), 0.0, [])
