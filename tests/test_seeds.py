@@ -192,7 +192,7 @@ def test_all_are_evaluated_and_their_ensemble(
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "evaluation" / "validation.json").read_text()) == content
     assert (tmp_path / "seed_1" / "evaluation" / "validation.json").exists()
-    assert "validation accuracy of their ensemble" in done.stdout
+    assert "validation accuracy of the ensemble" in done.stdout
     assert "n = 2" in done.stdout
 
 
