@@ -189,8 +189,8 @@ def comparison_table(comparison: Comparison) -> str:
             lines.append(f"{i + 1} and {j + 1}: {_test_line(runs[i], runs[j], test)}")
     if any(len(run.accuracies) == 1 for run in runs):
         lines.append(
-            "The interval of a single seed covers the choice of test images only, and McNemar's "
-            "test compares two networks, not two recipes; train several seeds to compare recipes."
+            "The interval of a single seed covers the choice of images only, and McNemar's test\n"
+            "compares two networks, not two recipes. To compare recipes, train several seeds of each."
         )
     return "\n".join(lines)
 

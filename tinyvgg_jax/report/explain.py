@@ -66,8 +66,8 @@ def _explain(model: TinyVGG, params: Any, image: Array) -> tuple[Array, list[Arr
         list[Array], model.apply(variables, to_float(image)[None], method="activations")
     )
 
-    # The network is split after its last convolution, because Grad-CAM needs the gradient of a logit
-    # with respect to that convolution's output.
+    # The network is split after its last convolution, because Grad-CAM needs the gradient of a
+    # logit with respect to that convolution's output.
     def classify(last: Array) -> Array:
         return cast(Array, model.apply(variables, last, method="classify"))[0]
 

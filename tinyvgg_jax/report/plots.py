@@ -112,9 +112,13 @@ def calibration_curve(curve: Calibration, theme: Theme = LIGHT) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     filled = curve.counts > 0
     edges = 100 * np.linspace(0, 1, len(curve.counts) + 1)
-    upper.plot([0, 100], [0, 100], color=theme.second, linewidth=1, linestyle="--")
-    upper.annotate(
-        "perfect calibration", (20, 24), color=theme.second, fontsize=9, rotation=38, ha="center"
+    upper.plot(
+        [0, 100],
+        [0, 100],
+        color=theme.second,
+        linewidth=1,
+        linestyle="--",
+        label="perfect calibration",
     )
     upper.plot(
         100 * curve.confidence[filled],
@@ -122,7 +126,9 @@ def calibration_curve(curve: Calibration, theme: Theme = LIGHT) -> Figure:
         color=theme.first,
         marker="o",
         markersize=4,
+        label="this network",
     )
+    upper.legend(loc="upper left", frameon=False, labelcolor=theme.ink)
     upper.set(ylabel="Accuracy (%)", ylim=(0, 102), xlim=(0, 100))
     lower.bar(edges[:-1], curve.counts, width=np.diff(edges) * 0.9, align="edge", color=theme.first)
     lower.set(ylabel="Images", xlabel="Confidence: probability of the predicted class (%)")
@@ -172,11 +178,12 @@ def gallery(images: np.ndarray, captions: list[str], columns: int = 6) -> Figure
     rows = max(1, -(-len(images) // columns))
     figure = _figure(1.75 * columns, 2.25 * rows, LIGHT)
     for axes in np.ravel(figure.subplots(rows, columns)):
-        axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     if not len(images):
         figure.axes[0].text(0.5, 0.5, "none", ha="center", color=LIGHT.ink)
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         grey = image.shape[2] == 1
         axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize=8, color=LIGHT.ink, y=-0.02, va="top")
+        axes.set_xlabel(caption, fontsize=8, color=LIGHT.ink)
     return figure

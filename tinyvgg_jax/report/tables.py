@@ -18,17 +18,16 @@ def summary_table(summary: dict[str, Any], workdir: Path) -> str:
     """
     is_fashion_mnist = summary["dataset"] == "fashion_mnist"
     seeds, n = summary.get("seeds"), summary.get("num_seeds")
-    head = "split         accuracy    loss" + "      the paper" * is_fashion_mnist
-    lines = [head + f"    {n} seeds: std, 95 % interval of the mean" * bool(seeds)]
+    head = f"{'split':<12}{'accuracy':>10}{'loss':>8}"
+    head += f"{'the paper':>11}" if is_fashion_mnist else ""
+    lines = [head + (f"    {n} seeds: std, 95 % interval of the mean" if seeds else "")]
     for split, paper in PAPER.items():
-        accuracy, loss = summary[f"{split}_accuracy"], summary[f"{split}_loss"]
-        line = (
-            f"{split:<12}  {accuracy:>7.2%}    {loss:.4f}" + f"    {paper:.1f}%" * is_fashion_mnist
-        )
+        line = f"{split:<12}{summary[f'{split}_accuracy']:>10.2%}{summary[f'{split}_loss']:>8.4f}"
+        line += f"{paper:>10.1f}%" if is_fashion_mnist else ""
         if seeds:
             found = seeds[f"{split}_accuracy"]
             low, high = found["interval"]
-            line += f"{'':<8} {found['std']:.2%}, {low:.2%} to {high:.2%}"
+            line += f"{'':<14}{found['std']:.2%}, {low:.2%} to {high:.2%}"
         lines.append(line)
     lines.append(
         f"{summary['parameters']:,} parameters, {summary['seconds']:,.0f} s of training on "
