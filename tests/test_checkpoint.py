@@ -19,13 +19,13 @@ from tinyvgg_jax.runs import checkpoint, integrity
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.integrity import digest
 
-# Orbax leaves coroutines behind when it fails to read, of which Python complains later.
+# When Orbax fails to read, it leaves coroutines behind, about which Python warns later.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
 def find_coroutines_now() -> Iterator[None]:
-    """Lets Python find them within these tests, not in whatever test comes after."""
+    """Lets Python find them within these tests, not in a later one."""
     yield
     gc.collect()
 
@@ -122,7 +122,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 
 
 def data_file(item: Path) -> Path:
-    """The largest file of an item: it holds the arrays."""
+    """Finds the largest file of an item, which holds the arrays."""
     return max((f for f in item.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_taken(
         restored = checkpoints.restore_newest(*ABSTRACT)
         assert restored is not None and restored.step == 1
         assert_equal((restored.params, restored.opt_state), (params(1), opt_state(1)))
-        # The step can be saved again, and what was damaged is not lost.
+        # The step can be saved again, and the damaged checkpoint is not lost.
         checkpoints.save(2, params(2), opt_state(2), {}, 0.6)
         checkpoints.wait()
         assert_equal(checkpoints.restore_params(2, ABSTRACT[0]).params, params(2))
@@ -297,7 +297,7 @@ def test_a_fresh_checkpoint_does_restore_here() -> None:
 
 
 def test_flipped_bytes_do_restore_without_our_digest(tmp_path: Path) -> None:
-    """The reason for the digest: if this fails, Orbax has learned to see the damage itself."""
+    """The reason for the digest: if this test fails, Orbax now detects the damage itself."""
     fill(tmp_path / "c", {1: 0.5})
     flip_byte(tmp_path / "c" / "1")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -350,7 +350,7 @@ def test_if_all_are_damaged_nothing_is_overwritten(tmp_path: Path) -> None:
     fill(tmp_path / "checkpoints", {1: 0.9, 2: 0.6})
     for step in ("1", "2"):
         flip_byte(tmp_path / "checkpoints" / step)
-    # Nor when it is tried again, and they are out of the way.
+    # The second attempt, when they have been moved away, saves nothing either.
     for _ in range(2):
         with (
             pytest.raises(UserError, match=r"all checkpoints .* are damaged"),

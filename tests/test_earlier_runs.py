@@ -1,4 +1,4 @@
-"""Runs that earlier code wrote: they are restored, evaluated and resumed, ever after.
+"""Runs that earlier code wrote must restore, evaluate and resume for ever.
 
 `earlier_runs.tar.gz` holds two finished runs of two epochs on the dataset of `conftest.py`, written
 by version 0.1.0 before its files were moved: `plain` is the default recipe, `everything` has every

@@ -44,7 +44,7 @@ def evaluated(run: Path) -> CheckpointEvaluation:
 
 
 class _Page(HTMLParser):
-    """Collects what a page refers to, and checks that tags are closed."""
+    """Collects the links and the text of a page, and checks that its tags are closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_the_page_is_whole_and_by_itself(
         assert f"{trained[1][f'{split}_accuracy']:.2%}" in parsed.text
     assert f"{content['accuracy']:.2%}" in parsed.text
     assert "a <run> & more" in parsed.text
-    # The paper's accuracies are of another dataset.
+    # The paper's accuracies are those of another dataset.
     assert "the paper" not in parsed.text
     for row in content["per_class"]:
         assert row["class"] in parsed.text

@@ -316,7 +316,7 @@ def _table(entry: dict[str, Any], results: list[Result]) -> str:
         )
         counted = results[0].facts.get("counted_flops")
         if counted:
-            lines.append(f"  XLA counts {counted / 1e9:.1f} GFLOP, without what C code computes")
+            lines.append(f"  XLA counts {counted / 1e9:.1f} GFLOP, without those of the C code")
     return "\n".join(lines)
 
 

@@ -55,7 +55,13 @@ class ComparedRun(NamedTuple):
 
 
 class Welch(NamedTuple):
-    """Welch's t-test of two recipes with several seeds each.
+    """Welch's t-test (1947) of two recipes with several seeds each.
+
+    With n_1 and n_2 seeds, mean accuracies m_1 and m_2 and sample standard deviations s_1 and s_2,
+
+        t = (m_1 - m_2) / sqrt(s_1**2 / n_1 + s_2**2 / n_2)
+
+    Unlike Student's t-test, it does not assume that both recipes vary equally between seeds.
 
     Attributes:
         interval: lower and upper bound of the 95 % confidence interval of the difference of the
@@ -171,16 +177,16 @@ def comparison_table(comparison: Comparison) -> str:
     """Formats a comparison for the terminal: a row for each run, then a line for each test."""
     runs = comparison.runs
     width = max(len("run"), *(len(run.name) for run in runs))
+    accuracy = f"{comparison.split} accuracy"
     lines = [
-        f"    {'run':<{width}}  {comparison.split:>10}  {'95 % interval':>15}  {'parameters':>10}"
-        f"  {'time':>8}"
+        f"    {'run':<{width}}  {accuracy}  {'95 % interval':>15}  {'parameters':>10}  {'time':>8}"
     ]
     for index, run in enumerate(runs, start=1):
         low, high = run.interval
         seconds = "-" if run.seconds is None else f"{run.seconds:,.0f} s"
         lines.append(
-            f"{index:>2}  {run.name:<{width}}  {run.accuracy:>10.2%}  {low:>7.2%}-{high:.2%}  "
-            f"{run.parameters:>10,}  {seconds:>8}"
+            f"{index:>2}  {run.name:<{width}}  {run.accuracy:>{len(accuracy)}.2%}  "
+            f"{low:>7.2%}-{high:.2%}  {run.parameters:>10,}  {seconds:>8}"
         )
     lines.append("")
     best = max(range(len(runs)), key=lambda index: runs[index].accuracy)
@@ -190,7 +196,7 @@ def comparison_table(comparison: Comparison) -> str:
     if any(len(run.accuracies) == 1 for run in runs):
         lines.append(
             "The interval of a single seed covers the choice of images only, and McNemar's test\n"
-            "compares two networks, not two recipes. To compare recipes, train several seeds of each."
+            "compares two networks, not two recipes. To compare recipes, train several seeds."
         )
     return "\n".join(lines)
 
@@ -208,8 +214,8 @@ def _test_line(first: ComparedRun, second: ComparedRun, test: McNemar | Welch | 
             f"(Welch's t-test, p = {test.p_value:.2g})"
         )
     return (
-        f"{gap}, {found} (McNemar's test, p = {test.p_value:.2g}; correct only in the first: "
-        f"{test.only_first}, only in the second: {test.only_second})"
+        f"{gap}, {found} (McNemar's test, p = {test.p_value:.2g}; predicted correctly by the "
+        f"first only: {test.only_first}, by the second only: {test.only_second})"
     )
 
 

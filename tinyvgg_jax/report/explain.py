@@ -1,4 +1,4 @@
-"""How a network sees one image: the feature maps of each block, and Grad-CAM."""
+"""Explanation of a prediction: the feature maps of each block, and Grad-CAM."""
 
 import dataclasses
 from functools import partial

@@ -43,7 +43,7 @@ class ProgressBar:
         )
 
     def is_due(self) -> bool:
-        """Whether it is time to fetch the sums from the device and call `show`."""
+        """Tells whether it is time to fetch the sums from the device and call `show`."""
         return time.monotonic() - self._last_fetch >= _FETCH_SECONDS
 
     def show(self, step: int, sums: StepSums) -> None:

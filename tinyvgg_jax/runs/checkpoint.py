@@ -83,7 +83,7 @@ class Checkpoints:
         # JAX finds its devices here, so that a missing device is not reported as a fault of the
         # checkpoints below.
         jax.local_devices()
-        self._refuse_unreadable_metrics()
+        self._check_metrics()
         policy = AnyPreservationPolicy(
             [
                 LatestN(_LATEST_KEPT),
@@ -337,7 +337,7 @@ class Checkpoints:
         _quarantine_folder(self._folder / str(step))
         self._manager.reload()
 
-    def _refuse_unreadable_metrics(self) -> None:
+    def _check_metrics(self) -> None:
         """Moves checkpoints with damaged metrics away, because Orbax cannot open their folder.
 
         Raises:

@@ -84,19 +84,19 @@ def check_layout(where: str, item: str, expected: Layout, stored: Layout) -> Non
             continue
         if item == "params":
             raise UserError(
-                f"{where} is of another network than config.json says: {path} is {there} "
+                f"{where} holds another network than config.json describes: {path} is {there} "
                 f"there, not {here}."
             )
         raise UserError(
             f"{where} has another optimizer state than this version makes: {path} is "
-            f"{there} there, not {here}. Go on with the versions of the packages that "
-            "began the run, or evaluate it as it is."
+            f"{there} there, not {here}. Continue with the package versions that began "
+            "the run, or only evaluate it."
         )
     for path, (_, dtype) in stored.items():
         if dtype != expected[path][1]:
             raise UserError(
                 f"{where} has {path} in {dtype}, but this process would make it "
-                f"{expected[path][1]}. Is JAX_ENABLE_X64 set otherwise than for the run?"
+                f"{expected[path][1]}. Is JAX_ENABLE_X64 set differently than for the run?"
             )
 
 
