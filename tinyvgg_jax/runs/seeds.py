@@ -78,8 +78,8 @@ def summarise(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         The mean of each accuracy and loss, under the same key as in a single run's summary; the
-        sum of `seconds`; `num_seeds`; the `statistics_of` each accuracy and loss, under `seeds`;
-        and the first run's values of all other keys, which all runs share.
+        sum of `seconds`; `num_seeds`; under `seeds`, the result of `statistics_of` for each
+        accuracy and loss; and the first run's values of all other keys, which all runs share.
     """
     first = summaries[0]
     measured = [name for name in first if name.endswith(("_accuracy", "_loss"))]
