@@ -10,7 +10,7 @@ from conftest import ROOT
 from tinyvgg_jax.benchmark.__main__ import _entry, step_flops
 from tinyvgg_jax.benchmark.contest import Contestant, Result, contest, ratios
 
-# A contestant whose steps take as long as its case says, by its own clock.
+# A worker that reports the time per step that its case asks for.
 _WORKER = """
 import sys
 from tinyvgg_jax.benchmark.worker import Prepared, serve
@@ -33,7 +33,7 @@ serve(prepare)
 
 @pytest.fixture
 def worker(tmp_path: Path) -> dict[str, str]:
-    """The environment in which `python -m paced` is the contestant above."""
+    """The environment in which `python -m paced` runs the worker above."""
     (tmp_path / "paced.py").write_text(_WORKER)
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
 
@@ -88,7 +88,7 @@ def test_the_share_of_a_matrix_product_is_of_rates() -> None:
 
 
 def test_a_step_has_three_times_the_operations_of_a_forward_pass() -> None:
-    # Multiplications of each layer on one image, from its output's size and its kernel's.
+    # Multiplications of each layer on one image: size of its output times size of its kernel.
     first = 28 * 28 * 64 * 9
     others = (
         28 * 28 * 64 * 9 * 64
@@ -97,7 +97,7 @@ def test_a_step_has_three_times_the_operations_of_a_forward_pass() -> None:
         + 2304 * 256
         + 256 * 10
     )
-    # The gradient with respect to the images themselves is nobody's business.
+    # The gradient with respect to the images is not needed.
     assert step_flops(2) == 2 * 2 * (2 * first + 3 * others)
 
 

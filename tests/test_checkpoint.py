@@ -15,16 +15,17 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.runs import checkpoint
-from tinyvgg_jax.runs.checkpoint import Checkpoints, digest
+from tinyvgg_jax.runs import checkpoint, integrity
+from tinyvgg_jax.runs.checkpoint import Checkpoints
+from tinyvgg_jax.runs.integrity import digest
 
-# Orbax leaves coroutines behind when it fails to read, of which Python complains later.
+# When Orbax fails to read, it leaves coroutines behind, about which Python warns later.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
 def find_coroutines_now() -> Iterator[None]:
-    """Lets Python find them within these tests, not in whatever test comes after."""
+    """Lets Python find them within these tests, not in a later one."""
     yield
     gc.collect()
 
@@ -121,7 +122,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 
 
 def data_file(item: Path) -> Path:
-    """The largest file of an item: it holds the arrays."""
+    """Finds the largest file of an item, which holds the arrays."""
     return max((f for f in item.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
@@ -161,7 +162,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_taken(
         restored = checkpoints.restore_newest(*ABSTRACT)
         assert restored is not None and restored.step == 1
         assert_equal((restored.params, restored.opt_state), (params(1), opt_state(1)))
-        # The step can be saved again, and what was damaged is not lost.
+        # The step can be saved again, and the damaged checkpoint is not lost.
         checkpoints.save(2, params(2), opt_state(2), {}, 0.6)
         checkpoints.wait()
         assert_equal(checkpoints.restore_params(2, ABSTRACT[0]).params, params(2))
@@ -198,7 +199,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
 def test_a_folder_that_no_plain_path_leads_to_is_refused_before_anything_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_OPEN_FOLDERS", tmp_path / "nowhere")
+    monkeypatch.setattr(integrity, "_OPEN_FOLDERS", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"because of the characters in its path"):
         Checkpoints(tmp_path / "[a]")
 
@@ -206,8 +207,8 @@ def test_a_folder_that_no_plain_path_leads_to_is_refused_before_anything_is_save
 def test_a_save_that_cannot_be_read_back_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Then Orbax takes the brackets for a pattern, and loses what it saves.
-    monkeypatch.setattr(checkpoint, "_PLAIN_PATH", re.compile(".*"))
+    # Orbax treats the brackets as a pattern and loses what it saves.
+    monkeypatch.setattr(integrity, "_PLAIN_PATH", re.compile(".*"))
     with (
         Checkpoints(tmp_path / "[a]") as checkpoints,
         pytest.raises(UserError, match=r"what was saved cannot be read back in .*\[a\]"),
@@ -229,7 +230,7 @@ def forget_arrays(folder: Path) -> None:
     progress = json.loads(file.read_text())
     digests = progress.pop("digests")
     del progress["arrays"]
-    digests["progress"] = checkpoint._digest_json(progress)
+    digests["progress"] = integrity.digest_json(progress)
     file.write_text(json.dumps({**progress, "digests": digests}))
 
 
@@ -257,7 +258,7 @@ def test_what_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
         raise PermissionError(errno.EACCES, "Permission denied", str(where / "params"))
 
     truncate(folder / "2")
-    monkeypatch.setattr(checkpoint, "_read_all", refuse)
+    monkeypatch.setattr(checkpoint, "read_all_files", refuse)
     assert_left_alone(
         folder, r"cannot be read, and is left as it is: .*2/params: permission denied"
     )
@@ -296,7 +297,7 @@ def test_a_fresh_checkpoint_does_restore_here() -> None:
 
 
 def test_flipped_bytes_do_restore_without_our_digest(tmp_path: Path) -> None:
-    """The reason for the digest: if this fails, Orbax has learned to see the damage itself."""
+    """The reason for the digest: if this test fails, Orbax now detects the damage itself."""
     fill(tmp_path / "c", {1: 0.5})
     flip_byte(tmp_path / "c" / "1")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -349,7 +350,7 @@ def test_if_all_are_damaged_nothing_is_overwritten(tmp_path: Path) -> None:
     fill(tmp_path / "checkpoints", {1: 0.9, 2: 0.6})
     for step in ("1", "2"):
         flip_byte(tmp_path / "checkpoints" / step)
-    # Nor when it is tried again, and they are out of the way.
+    # The second attempt, when they have been moved away, saves nothing either.
     for _ in range(2):
         with (
             pytest.raises(UserError, match=r"all checkpoints .* are damaged"),

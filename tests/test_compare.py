@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,12 @@ def test_runs_are_compared_on_the_same_images(
     assert isinstance(same, McNemar) and same.p_value == 1.0
     test = comparison.tests[0, 2]
     assert isinstance(test, McNemar)
-    assert test.only_first == (first.right & ~third.right).sum()
+    assert test.only_first == (first.correct & ~third.correct).sum()
     assert test.p_value < 0.01
     table = comparison_table(comparison)
     assert f"{summary['test_accuracy']:.2%}" in table
-    assert "1 and 2: +0.00 points, may be chance" in table
-    assert "1 and 3" in table and "more than chance" in table
+    assert "1 and 2: +0.00 points, not significant" in table
+    assert re.search(r"1 and 3: .* points, significant \(McNemar's test, p = ", table)
 
     picture = write_comparison(comparison, tmp_path / "new" / "plot.png")
     with Image.open(picture) as image:
@@ -88,5 +89,5 @@ def test_recipes_of_several_seeds_are_compared_by_their_means(
     assert test.interval[0] < first.accuracy - second.accuracy < test.interval[1]
     assert comparison.tests[0, 2] is None
     table = comparison_table(comparison)
-    assert "Welch" in table and "no test of several seeds beside a single one" in table
+    assert "Welch" in table and "no test of several seeds against a single one" in table
     write_comparison(comparison, tmp_path / "plot.png")

@@ -1,4 +1,4 @@
-"""Runs that earlier code wrote: they are restored, evaluated and resumed, ever after.
+"""Runs that earlier code wrote must restore, evaluate and resume for ever.
 
 `earlier_runs.tar.gz` holds two finished runs of two epochs on the dataset of `conftest.py`, written
 by version 0.1.0 before its files were moved: `plain` is the default recipe, `everything` has every
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tinyvgg_jax import load_predictor, restore, train_and_evaluate
-from tinyvgg_jax.report.evaluation import DataFolders, evaluate_run
+from tinyvgg_jax.report.evaluation import DataFolders, evaluate_checkpoint
 
 ARCHIVE = Path(__file__).with_name("earlier_runs.tar.gz")
 
@@ -37,9 +37,9 @@ def summary_of(run: Path) -> dict[str, Any]:
 def test_an_earlier_run_is_restored_and_evaluated(run: Path, data_dir: Path) -> None:
     before = summary_of(run)
     for split in ("train", "validation", "test"):
-        found = evaluate_run(run, split, folders=DataFolders(str(data_dir)))
-        assert found["accuracy"] == before[f"{split}_accuracy"]
-        assert found["loss"] == pytest.approx(before[f"{split}_loss"], rel=1e-5)
+        found = evaluate_checkpoint(run, split, folders=DataFolders(str(data_dir))).result
+        assert found.accuracy == before[f"{split}_accuracy"]
+        assert found.mean_loss == pytest.approx(before[f"{split}_loss"], rel=1e-5)
     assert load_predictor(run).class_names == ("top", "upper", "middle", "lower", "bottom")
 
 

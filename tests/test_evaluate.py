@@ -15,7 +15,11 @@ from tinyvgg_jax import evaluate as evaluation
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import TinyVGG, apply
-from tinyvgg_jax.report.evaluation import evaluate_run
+from tinyvgg_jax.report.evaluation import (
+    evaluate_checkpoint,
+    evaluation_content,
+    write_evaluation,
+)
 from tinyvgg_jax.runs.restore import build_model
 from tinyvgg_jax.step import to_float
 
@@ -66,7 +70,8 @@ def test_a_run_evaluated_again_gives_its_summary_to_the_last_image(
     trained: tuple[Path, dict[str, Any]], split: str
 ) -> None:
     workdir, summary = trained
-    content = evaluate_run(workdir, split)
+    content = evaluation_content(evaluate_checkpoint(workdir, split))
+    write_evaluation(workdir, split, content)
     assert content["accuracy"] == summary[f"{split}_accuracy"]
     assert content["loss"] == summary[f"{split}_loss"]
     assert content["step"] == summary["step"]
@@ -82,7 +87,8 @@ def test_restore_gives_the_best_checkpoint_without_any_dataset(
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     best = max(records, key=lambda record: (record["validation_accuracy"], record["step"]))
     split = load_splits("bars", {"v": "train[250:]"}, str(data_dir))[0]["v"]
-    monkeypatch.setattr("tinyvgg_jax.evaluate.load_splits", None)
+    monkeypatch.setattr("tinyvgg_jax.data.load_splits", None)
+    monkeypatch.setattr("tinyvgg_jax.data.splits.load_splits", None)
     model, params = restore(workdir)
     assert evaluate(model, params, split).accuracy == best["validation_accuracy"]
     assert apply(model, params, to_float(jnp.asarray(split.images[:3]))).shape == (3, 5)
@@ -103,9 +109,9 @@ def test_what_cannot_be_evaluated_is_said(
 ) -> None:
     workdir, _ = trained
     with pytest.raises(UserError, match=r"unknown split 'tset'.*did you mean 'test'"):
-        evaluate_run(workdir, "tset")
+        evaluate_checkpoint(workdir, "tset")
     with pytest.raises(UserError, match="no checkpoint of step 7; there are"):
-        evaluate_run(workdir, "test", 7)
+        evaluate_checkpoint(workdir, "test", 7)
     with pytest.raises(UserError, match="holds no run"):
         restore(tmp_path)
     for name in ("config.json", "dataset.json"):

@@ -18,8 +18,8 @@ def test_grad_cam_weighs_features_by_their_mean_gradients() -> None:
     activations = np.zeros((2, 2, 3), np.float32)
     activations[0, 0, 0], activations[0, 1, 1], activations[1, 0, 2] = 2.0, 4.0, 3.0
     gradient = np.zeros((2, 2, 3), np.float32)
-    gradient[..., 0], gradient[..., 1] = 1.0, -1.0  # The second feature speaks against it.
-    gradient[0, 0, 2] = 4.0  # On average 1.
+    gradient[..., 0], gradient[..., 1] = 1.0, -1.0  # The second feature lowers the logit.
+    gradient[0, 0, 2] = 4.0  # Its mean is 1.
     saliency = grad_cam(jnp.asarray(activations), jnp.asarray(gradient))
     np.testing.assert_allclose(saliency, np.array([[2 / 3, 0], [1, 0]]))
     assert (grad_cam(jnp.asarray(activations), jnp.zeros((2, 2, 3))) == 0).all()
@@ -35,7 +35,7 @@ def test_it_shows_what_is_on_the_way_to_the_answer() -> None:
     np.testing.assert_allclose(seen.probabilities, expected, rtol=1e-4)
     assert [maps.shape for maps in seen.feature_maps] == [(8, 8, 4), (4, 4, 6)]
     assert seen.saliency.shape == (8, 8)
-    # The answer follows from the last block's maps.
+    # The probabilities can be computed from the last block's maps.
     hidden = jax.nn.relu(seen.feature_maps[-1].reshape(-1) @ params["dense"]["kernel"])
     logits = hidden @ params["logits"]["kernel"]
     np.testing.assert_allclose(jax.nn.softmax(logits), expected, rtol=1e-4)

@@ -44,7 +44,7 @@ def evaluated(run: Path) -> CheckpointEvaluation:
 
 
 class _Page(HTMLParser):
-    """Collects what a page refers to, and checks that tags are closed."""
+    """Collects the links and the text of a page, and checks that its tags are closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_the_page_is_whole_and_by_itself(
         assert f"{trained[1][f'{split}_accuracy']:.2%}" in parsed.text
     assert f"{content['accuracy']:.2%}" in parsed.text
     assert "a <run> & more" in parsed.text
-    # The paper's accuracies are of another dataset.
+    # The paper's accuracies are those of another dataset.
     assert "the paper" not in parsed.text
     for row in content["per_class"]:
         assert row["class"] in parsed.text
@@ -99,13 +99,13 @@ def test_the_pictures_are_beside_it(run: Path, evaluated: CheckpointEvaluation) 
 
 def test_what_was_wrong_comes_by_confidence(evaluated: CheckpointEvaluation) -> None:
     result = evaluated.result
-    chosen = page._most_confidently_wrong(evaluated)
+    chosen = page._most_confident_wrong(evaluated)
     assert (result.predicted[chosen] != evaluated.data.labels[chosen]).all()
     confidence = result.probabilities.max(axis=1)
     assert (np.diff(confidence[chosen]) <= 0).all()
     wrong = result.predicted != evaluated.data.labels
     assert len(chosen) == min(24, wrong.sum())
-    right = page._sample_of_right(evaluated)
+    right = page._sample_of_correct(evaluated)
     assert (result.predicted[right] == evaluated.data.labels[right]).all()
     assert len(set(right.tolist())) == len(right) > 0
 
@@ -135,7 +135,7 @@ def test_a_run_that_is_not_finished_has_a_report_of_what_there_is(
     (unfinished / "metrics.jsonl").write_text("{damaged\n")
     evaluated = evaluate_checkpoint(unfinished)
     text = write_report(evaluated, evaluation_content(evaluated)).read_text()
-    assert "How it learned" not in text
+    assert "Learning curves" not in text
     assert text.count('class="card"') == 1
 
 
@@ -145,7 +145,7 @@ def _texts(figure: Any) -> set[str]:
 
 def test_the_confusion_matrix_has_counts_and_percentages_of_its_rows() -> None:
     matrix = np.array([[30, 10, 0], [1, 998, 1], [0, 0, 1234]])
-    figure = plots.confusion(matrix, ("a", "b", "c"))
+    figure = plots.confusion_matrix(matrix, ("a", "b", "c"))
     assert _texts(figure) == {"30", "75%", "10", "25%", "1", "<1%", "998", "100%", "1,234"}
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["a", "b", "c"]
 
@@ -153,7 +153,9 @@ def test_the_confusion_matrix_has_counts_and_percentages_of_its_rows() -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda theme: plots.confusion(np.eye(30, dtype=int), tuple(map(str, range(30))), theme),
+        lambda theme: plots.confusion_matrix(
+            np.eye(30, dtype=int), tuple(map(str, range(30))), theme
+        ),
         lambda theme: plots.learning_curves(
             [
                 {

@@ -30,7 +30,7 @@ def test_scores_are_scikit_learns(seed: int) -> None:
 
 
 def test_calibration_by_hand() -> None:
-    # Two bins: confidences 0.5 (right) and 0.4 (wrong) in the lower, 0.8 and 1 in the upper.
+    # Two bins: confidences 0.5 (correct) and 0.4 (wrong) in the lower, 0.8 and 1 in the upper.
     probabilities = np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3], [0.1, 0.8, 0.1], [0.0, 0.0, 1.0]])
     curve = calibration(probabilities, np.array([0, 1, 0, 2]), bins=2)
     np.testing.assert_array_equal(curve.counts, [2, 2])
@@ -50,7 +50,7 @@ def test_a_calibrated_classifier_has_little_calibration_error() -> None:
 
 def test_the_interval_contains_the_truth_19_times_in_20() -> None:
     low, high = accuracy_interval(9, 10)
-    # Wilson's formula, by hand.
+    # Wilson's formula.
     z2 = stats.norm.ppf(0.975) ** 2
     centre = (9 + z2 / 2) / (10 + z2)
     half = np.sqrt(z2) / (10 + z2) * np.sqrt(9 * 1 / 10 + z2 / 4)
@@ -63,7 +63,7 @@ def test_mcnemar_counts_where_one_alone_is_right() -> None:
     second = np.array([False] * 12 + [True] * 2 + [True] * 50)
     test = mcnemar(first, second)
     assert (test.only_first, test.only_second) == (12, 2)
-    # Both tails of 14 throws of a coin.
+    # Both tails of the binomial distribution of 14 trials.
     tail = sum(stats.binom.pmf(k, 14, 0.5) for k in range(3))
     assert test.p_value == pytest.approx(2 * tail)
     assert mcnemar(first, first).p_value == 1.0

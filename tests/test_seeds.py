@@ -29,7 +29,7 @@ MEASURED = [f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss
 
 @pytest.fixture
 def modern(config: ConfigDict) -> ConfigDict:
-    """Everything that a state can hold and a step can draw."""
+    """A config with every option that adds to the state, or draws random numbers in a step."""
     config.num_seeds, config.num_epochs, config.seed = 2, 2, 5
     config.optimizer, config.schedule, config.warmup_epochs = "muon", "cosine", 0.5
     config.nesterov, config.weight_decay, config.gradient_clipping = True, 0.01, 5.0
@@ -41,7 +41,7 @@ def modern(config: ConfigDict) -> ConfigDict:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an accelerator."""
+    """Trains all seeds at once, as on an accelerator."""
     monkeypatch.setattr(train, "_accelerated", lambda: True)
 
 
@@ -88,13 +88,13 @@ def test_a_seed_of_several_is_the_run_of_that_seed(config: ConfigDict, tmp_path:
     assert (
         summary["validation_accuracy"] == found["mean"] == pytest.approx(sum(found["values"]) / 2)
     )
-    # Together they are no run that could be restored; each of them is.
+    # The folder of all seeds cannot be restored, but each seed's can.
     with pytest.raises(UserError, match=r"holds runs of 2 seeds; name one of them, like .*seed_3"):
         restore(tmp_path / "both")
 
 
 class _StopAfter:
-    """Sends SIGTERM's effect after so many calls of a pipeline."""
+    """Sends SIGTERM to this process after so many calls of a pipeline."""
 
     def __init__(self, calls: int, monkeypatch: pytest.MonkeyPatch):
         self._left = calls
@@ -122,7 +122,7 @@ def test_interrupted_together_they_go_on_together(
     at_once: None,
     calls: int,
 ) -> None:
-    """Within the first epoch, and at its end; bit for bit."""
+    """The signal comes within the first epoch or at its end; the results are equal bit for bit."""
     train_and_evaluate(modern, tmp_path / "whole")
     with monkeypatch.context() as patch:
         _StopAfter(calls, patch)
@@ -148,7 +148,7 @@ def test_seeds_that_have_not_begun_are_said_to_be_missing(
 def test_members_left_behind_catch_up_alone(
     config: ConfigDict, tmp_path: Path, at_once: None
 ) -> None:
-    """As after a crash between the saves of two seeds."""
+    """One seed is ahead, as after a crash between the saves of two seeds."""
     config.num_seeds, config.num_epochs = 2, 1
     alone = config.copy_and_resolve_references()
     alone.num_seeds = 1
@@ -192,7 +192,7 @@ def test_all_are_evaluated_and_their_ensemble(
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "evaluation" / "validation.json").read_text()) == content
     assert (tmp_path / "seed_1" / "evaluation" / "validation.json").exists()
-    assert "validation accuracy of their ensemble" in done.stdout
+    assert "validation accuracy of the ensemble" in done.stdout
     assert "n = 2" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Exact metrics of parameters on a split."""
+"""Exact loss, accuracy and logits of a network on a split."""
 
 import dataclasses
 from functools import partial
@@ -20,20 +20,21 @@ from tinyvgg_jax.data import (
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.step import to_float
 
-# Examples at a time: enough to keep an accelerator busy; fewer keep a CPU busy in less memory.
+# A large batch keeps an accelerator busy; on a CPU, a smaller one is as fast and takes less memory.
 _BATCH_SIZE, _BATCH_SIZE_ON_CPU = 2000, 500
-# Batches that may be under way at a time, so that their images do not fill the memory.
-_RUN_AHEAD = 4
+# Calls are queued without waiting for their results, up to this many, because the images of every
+# queued batch stay in memory.
+_MAX_QUEUED = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What parameters make of a split, every example counted once.
+    """Sums and logits over a split of N examples, each counted once.
 
     Attributes:
         loss: sum of the cross-entropies, in nats.
-        correct_per_class: `[num_classes]` int, of the examples of each class.
-        count_per_class: `[num_classes]` int.
+        correct_per_class: `[num_classes]` int, number of correct predictions by true class.
+        count_per_class: `[num_classes]` int, number of examples by true class.
         logits: `[N, num_classes]` float32, in the order of the split.
     """
 
@@ -44,30 +45,33 @@ class Evaluation:
 
     @property
     def correct(self) -> int:
+        """Number of correct predictions."""
         return int(self.correct_per_class.sum())
 
     @property
     def count(self) -> int:
+        """Number of examples, N."""
         return int(self.count_per_class.sum())
 
     @property
     def accuracy(self) -> float:
-        """A fraction."""
+        """Fraction of the predictions that are correct."""
         return self.correct / self.count
 
     @property
     def mean_loss(self) -> float:
-        """In nats."""
+        """Mean cross-entropy, in nats."""
         return self.loss / self.count
 
     @property
     def predicted(self) -> np.ndarray:
-        """`[N]` int, the class of the highest logit of each example."""
+        """Predicted classes, those of the highest logits: `[N]` int."""
         return self.logits.argmax(axis=1)
 
     @property
     def probabilities(self) -> np.ndarray:
-        """`[N, num_classes]` float64, each row summing to 1."""
+        """Softmax of the logits: `[N, num_classes]` float64."""
+        # Without the highest logit subtracted, large logits would overflow.
         powers = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
 
@@ -75,23 +79,23 @@ class Evaluation:
 def evaluate(
     model: TinyVGG, params: Any, split: Split, batch_size: int | None = None
 ) -> Evaluation:
-    """Evaluates parameters on all examples of a split.
+    """Evaluates a network on all examples of a split.
 
     Args:
         model: the network.
         params: its parameters.
         split: N examples.
-        batch_size: examples at a time, by default what suits the device; the result does not
-            depend on it, but for the rounding of the loss.
+        batch_size: number of examples in a call, by default a number that suits the device. It
+            affects the result only by the rounding of the loss.
 
     Returns:
-        The sums.
+        Exact counts and logits, and the sum of the losses.
     """
-    # No gradient is taken here.
+    # The C convolutions are safe here, since no gradient is taken.
     model = model.clone(native=True)
     on_cpu = jax.default_backend() == "cpu"
     size = min(batch_size or (_BATCH_SIZE_ON_CPU if on_cpu else _BATCH_SIZE), len(split))
-    # A CPU gains nothing from one long call, which a signal could not stop.
+    # One long call gains nothing on a CPU, and a signal could not interrupt it.
     if on_cpu or not fits_on_device(split):
         losses, correct, counts, logits = _evaluate_streamed(model, params, split, size)
     else:
@@ -104,32 +108,35 @@ def evaluate(
     )
 
 
-# Of n batches: losses [n], correct and counts of the classes [n, num_classes], logits
-# [n, batch_size, num_classes].
+# Results of n batches: sums of the losses [n]; numbers of correct predictions and of examples by
+# class, each [n, num_classes]; logits [n, batch_size, num_classes].
 Sums = tuple[Any, Any, Any, Any]
 
 
 def _evaluate_streamed(model: TinyVGG, params: Any, split: Split, batch_size: int) -> Sums:
+    """Evaluates batch by batch, with images from the host."""
     sums: list[Any] = []
     for batch, count in padded_batches(split, batch_size):
         sums.append(_evaluate_batch(model, params, batch, np.arange(batch_size) < count))
-        if len(sums) > _RUN_AHEAD:
-            jax.block_until_ready(sums[-_RUN_AHEAD])
+        if len(sums) > _MAX_QUEUED:
+            jax.block_until_ready(sums[-_MAX_QUEUED])
     losses, correct, counts, logits = zip(*jax.device_get(sums), strict=True)
     return losses, correct, counts, logits
 
 
 def _evaluate_on_device(model: TinyVGG, params: Any, split: Split, batch_size: int) -> Sums:
+    """Evaluates all batches in one call, with all images on the device."""
     sums: Sums = jax.device_get(_evaluate_all(model, params, on_device(split), batch_size))
     return sums
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _evaluate_all(model: TinyVGG, params: Any, data: Batch, batch_size: int) -> Sums:
-    """All batches in one call."""
+    """Scans over all batches of a split that is on the device."""
     last = len(data.labels) - 1
 
     def body(_: None, start: Array) -> tuple[None, Sums]:
+        # The last batch repeats the last example as padding, which `is_real` masks.
         index = start + jnp.arange(batch_size)
         chosen = jnp.minimum(index, last)
         batch = Batch(data.images[chosen], data.labels[chosen])
@@ -139,15 +146,25 @@ def _evaluate_all(model: TinyVGG, params: Any, data: Batch, batch_size: int) -> 
 
 
 @partial(jax.jit, static_argnums=0)
-def _evaluate_batch(model: TinyVGG, params: Any, batch: Batch, real: Array) -> Sums:
-    """The sums over the examples of a batch that are real, not padding; and all logits."""
+def _evaluate_batch(model: TinyVGG, params: Any, batch: Batch, is_real: Array) -> Sums:
+    """Sums over a padded batch.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        batch: B examples.
+        is_real: `[B]` bool, false for padding.
+
+    Returns:
+        Loss, correct predictions by class, examples by class; and the logits, padding included.
+    """
     logits = apply(model, params, to_float(batch.images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    right = real & (logits.argmax(axis=-1) == batch.labels)
-    of_class = jax.nn.one_hot(batch.labels, model.num_classes, dtype=jnp.int32)
+    correct = is_real & (logits.argmax(axis=-1) == batch.labels)
+    one_hot = jax.nn.one_hot(batch.labels, model.num_classes, dtype=jnp.int32)
     return (
-        jnp.where(real, losses, 0).sum(),
-        (of_class * right[:, None]).sum(axis=0),
-        (of_class * real[:, None]).sum(axis=0),
+        jnp.where(is_real, losses, 0).sum(),
+        (one_hot * correct[:, None]).sum(axis=0),
+        (one_hot * is_real[:, None]).sum(axis=0),
         logits,
     )

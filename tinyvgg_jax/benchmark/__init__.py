@@ -1,1 +1,1 @@
-"""How fast it is: `python -m tinyvgg_jax.benchmark`, beside PyTorch with `--peer torch`."""
+"""The benchmark of speed and memory: `python -m tinyvgg_jax.benchmark [--peer torch]`."""

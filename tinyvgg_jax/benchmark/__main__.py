@@ -1,9 +1,9 @@
-"""Measures throughput, start-up, memory and the share of the device's rate; prints and writes it.
+"""Measures throughput, start-up time, memory and FLOP/s; prints tables and writes JSON.
 
     python -m tinyvgg_jax.benchmark [--peer torch] [--json FILE] [--cases train,infer,...]
 
-Every case is run by all contestants in turns; figures are medians over the rounds, ratios are
-taken round by round.
+All contestants of a case take turns. The tables show medians over the rounds; the ratio to a peer
+is the median of the ratios within each round, so that slow phases of the machine affect both.
 """
 
 import argparse
@@ -21,28 +21,33 @@ from pathlib import Path
 from typing import Any
 
 from tinyvgg_jax.benchmark.contest import Contestant, Result, contest, ratios
+from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.runs.folder import json_text, writing_to
 
-_OURS = "tinyvgg_jax.benchmark.jax_worker"
-_TORCH = "tinyvgg_jax.benchmark.torch_worker"
+_JAX_WORKER = "tinyvgg_jax.benchmark.jax_worker"
+_TORCH_WORKER = "tinyvgg_jax.benchmark.torch_worker"
 _NAME = "tinyvgg_jax"
 CASES = ("startup", "train", "infer", "epoch", "stream")
-# The train split's size, and the paper's batch size and number of epochs.
+# Turns off the convolutions in C.
+_XLA_ONLY = {"TINYVGG_JAX_NATIVE": "0"}
+# Size of the train split; batch size and number of epochs of the paper's recipe.
 _EXAMPLES, _BATCH_SIZE, _EPOCHS = 55_000, 32, 10
-# Examples in the cases that need no whole split.
+# Number of examples in the cases that need no whole split.
 _FEW_EXAMPLES = 12_800
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark.
+    """Runs the benchmark's command line.
 
     Args:
-        argv: the command line without the program's name.
+        argv: the arguments after the program's name; those of the process if None.
 
     Returns:
-        The exit status.
+        The exit status: 0, or 2 if the JSON file cannot be written.
     """
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    # The memory that XLA takes in advance would be missing for the others, and hide what it uses.
+    # By default XLA reserves most of a GPU's memory. The other contestants could not use it, and
+    # the peak would not show how much is needed.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     platform_name = _platform()
     report: dict[str, Any] = {"environment": _environment(arguments.peer), "cases": []}
@@ -52,7 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         entry = _entry(case, results)
         report["cases"].append(entry)
         print("\n" + _table(entry, results), flush=True)
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            # Not replaced atomically, because FILE may be a device such as /dev/stdout.
+            with writing_to(arguments.json):
+                arguments.json.write_text(json_text(report), encoding="utf-8")
+        except UserError as error:
+            print(f"tinyvgg_jax: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -60,17 +71,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tinyvgg_jax.benchmark", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--cases", type=_words, default=list(CASES), help=",".join(CASES))
     parser.add_argument(
-        "--batch_sizes", type=_numbers, help="of training; 32,256, on a GPU 32,512,4096"
+        "--cases", type=_words, default=list(CASES), help="cases to run, from " + ",".join(CASES)
     )
-    parser.add_argument("--inference_batch_sizes", type=_numbers, default=[1, 32, 256])
-    parser.add_argument("--dtypes", type=_words, help="float32, on a GPU float32,bfloat16")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn, about")
-    parser.add_argument("--peer", choices=["torch"], help="who else takes part")
     parser.add_argument(
-        "--json", type=Path, default=Path("benchmark.json"), help="a file for the figures"
+        "--batch_sizes",
+        type=_numbers,
+        help="batch sizes of training; default: 32,256, on a GPU 32,512,4096",
+    )
+    parser.add_argument(
+        "--inference_batch_sizes", type=_numbers, default=[1, 32, 256], help="default: 1,32,256"
+    )
+    parser.add_argument("--dtypes", type=_words, help="default: float32, on a GPU float32,bfloat16")
+    parser.add_argument("--rounds", type=int, default=7, help="number of turns of each contestant")
+    parser.add_argument("--seconds", type=float, default=1.0, help="approximate length of a turn")
+    parser.add_argument("--peer", choices=["torch"], help="a framework to compare with")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmark.json"), help="the file for all results"
     )
     arguments = parser.parse_args(argv)
     unknown = set(arguments.cases) - set(CASES)
@@ -110,20 +127,25 @@ def _environment(peer: str | None) -> dict[str, Any]:
 def _cases(
     arguments: argparse.Namespace, device: str
 ) -> Iterator[tuple[dict[str, Any], list[Contestant]]]:
-    """Every case with those who run it."""
+    """Lists the cases that were asked for, each with its contestants.
+
+    Args:
+        arguments: the parsed command line.
+        device: JAX's platform, such as "cpu".
+    """
     on_cpu = device == "cpu"
     dtypes = arguments.dtypes or (["float32"] if on_cpu else ["float32", "bfloat16"])
     sizes = arguments.batch_sizes or ([32, 256] if on_cpu else [32, 512, 4096])
     first = {"kind": "train", "batch_size": _BATCH_SIZE, "dtype": "float32"}
     if "startup" in arguments.cases:
         with tempfile.TemporaryDirectory() as folder:
-            # The second finds what the first has compiled.
+            # Both contestants share a fresh cache, so the second finds what the first compiled.
             fresh = {"XDG_CACHE_HOME": folder, "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
             yield (
                 first | {"examples": _FEW_EXAMPLES},
                 [
-                    Contestant(f"{_NAME}, nothing cached", _OURS, environment=fresh),
-                    Contestant(f"{_NAME}, cached", _OURS, environment=fresh),
+                    Contestant(f"{_NAME}, nothing cached", _JAX_WORKER, environment=fresh),
+                    Contestant(f"{_NAME}, cached", _JAX_WORKER, environment=fresh),
                 ],
             )
     for dtype in dtypes:
@@ -135,36 +157,40 @@ def _cases(
                 yield (
                     case,
                     [
-                        *_ours(on_cpu),
-                        *_torch(arguments.peer, on_cpu, training=True),
-                        Contestant("a large matrix product", _OURS, product),
+                        *_jax_contestants(on_cpu),
+                        *_torch_contestants(arguments.peer, on_cpu, training=True),
+                        Contestant("a large matrix product", _JAX_WORKER, product),
                     ],
                 )
         if "infer" in arguments.cases:
             for size in arguments.inference_batch_sizes:
                 case = {"kind": "infer", "batch_size": size, "dtype": dtype}
-                peers = _torch(arguments.peer, on_cpu, training=False)
-                yield case, [*_ours(on_cpu), *peers]
+                peers = _torch_contestants(arguments.peer, on_cpu, training=False)
+                yield case, [*_jax_contestants(on_cpu), *peers]
         if "epoch" in arguments.cases:
             case = {"kind": "epoch", "batch_size": _BATCH_SIZE, "dtype": dtype}
-            yield case | {"examples": _EXAMPLES}, _of_epochs(arguments.peer, on_cpu)
+            yield case | {"examples": _EXAMPLES}, _epoch_contestants(arguments.peer, on_cpu)
     if "stream" in arguments.cases:
         yield (
             {"kind": "stream", "batch_size": _BATCH_SIZE, "examples": _EXAMPLES},
-            [Contestant(f"{_NAME}'s batches from the host, no model", _OURS)],
+            [Contestant(f"{_NAME}'s batches from the host, no model", _JAX_WORKER)],
         )
 
 
-def _ours(on_cpu: bool) -> list[Contestant]:
-    """Ours; and on a CPU also without the convolutions in C."""
-    without = {"TINYVGG_JAX_NATIVE": "0"}
+def _jax_contestants(on_cpu: bool) -> list[Contestant]:
+    """Lists this package's contestants: on a CPU with and without the convolutions in C."""
     return [
-        Contestant(_NAME, _OURS),
-        *([Contestant(f"{_NAME}, XLA alone", _OURS, environment=without)] if on_cpu else []),
+        Contestant(_NAME, _JAX_WORKER),
+        *(
+            [Contestant(f"{_NAME}, XLA alone", _JAX_WORKER, environment=_XLA_ONLY)]
+            if on_cpu
+            else []
+        ),
     ]
 
 
-def _torch(peer: str | None, on_cpu: bool, training: bool) -> list[Contestant]:
+def _torch_contestants(peer: str | None, on_cpu: bool, training: bool) -> list[Contestant]:
+    """Lists PyTorch's contestants: each way to compile, in both memory layouts."""
     if peer != "torch":
         return []
     ways = ["", "default"]
@@ -173,7 +199,7 @@ def _torch(peer: str | None, on_cpu: bool, training: bool) -> list[Contestant]:
     return [
         Contestant(
             f"PyTorch {way or 'eager'}, {'channels last' if last else 'contiguous'}",
-            _TORCH,
+            _TORCH_WORKER,
             {"compile": way, "channels_last": last},
             is_peer=True,
         )
@@ -182,25 +208,24 @@ def _torch(peer: str | None, on_cpu: bool, training: bool) -> list[Contestant]:
     ]
 
 
-def _of_epochs(peer: str | None, on_cpu: bool) -> list[Contestant]:
-    """Those who train with everything that the paper's recipe has."""
-    ours = [Contestant(f"{_NAME}, device pipeline", _OURS, {"pipeline": "device"})]
-    ours.append(Contestant(f"{_NAME}, stream pipeline", _OURS, {"pipeline": "stream"}))
+def _epoch_contestants(peer: str | None, on_cpu: bool) -> list[Contestant]:
+    """Lists the contestants that train epochs of the paper's recipe, with data and augmentation."""
+    contestants = [Contestant(f"{_NAME}, device pipeline", _JAX_WORKER, {"pipeline": "device"})]
+    contestants.append(Contestant(f"{_NAME}, stream pipeline", _JAX_WORKER, {"pipeline": "stream"}))
     if on_cpu:
-        without = {"TINYVGG_JAX_NATIVE": "0"}
         case = {"pipeline": "stream"}
-        ours.append(Contestant(f"{_NAME}, stream, XLA alone", _OURS, case, without))
+        contestants.append(Contestant(f"{_NAME}, stream, XLA alone", _JAX_WORKER, case, _XLA_ONLY))
     if peer != "torch":
-        return ours
-    usual = {"compile": "", "channels_last": False, "pipeline": "dataloader"}
+        return contestants
+    loader = {"compile": "", "channels_last": False, "pipeline": "dataloader"}
     ways = ["", "default"] if on_cpu else ["default", "reduce-overhead", "cuda-graph"]
     return [
-        *ours,
-        Contestant("PyTorch, DataLoader, eager", _TORCH, usual, is_peer=True),
+        *contestants,
+        Contestant("PyTorch, DataLoader, eager", _TORCH_WORKER, loader, is_peer=True),
         *(
             Contestant(
                 f"PyTorch, data on the device, {way or 'eager'}",
-                _TORCH,
+                _TORCH_WORKER,
                 {"compile": way, "channels_last": True},
                 is_peer=True,
             )
@@ -210,7 +235,16 @@ def _of_epochs(peer: str | None, on_cpu: bool) -> list[Contestant]:
 
 
 def _entry(case: dict[str, Any], results: list[Result]) -> dict[str, Any]:
-    """A case's figures."""
+    """Makes the JSON entry of a case.
+
+    Args:
+        case: the case.
+        results: the results of its contestants; this package's own comes first.
+
+    Returns:
+        `case` and `results`; with a peer `best_peer`, `ratios` and `ratio`; with a matrix product
+        `matmul_flops_per_second`, `step_flops`, `flops_per_second` and `share_of_matmul`.
+    """
     entry: dict[str, Any] = {"case": case, "results": [dataclasses.asdict(r) for r in results]}
     ran = [result for result in results if result.seconds]
     peers = [result for result in ran if result.is_peer]
@@ -232,10 +266,12 @@ def _entry(case: dict[str, Any], results: list[Result]) -> dict[str, Any]:
 
 
 def step_flops(batch_size: int) -> int:
-    """Floating-point operations of a training step of the default network, counted by hand.
+    """Counts the floating-point operations of a training step of the default network.
 
-    Multiplications and additions of the convolutions and dense layers on 28x28x1 images; for the
-    gradients twice those of the forward pass, but none with respect to the images.
+    A convolution with C input channels and F filters on an output of H x W takes
+    2 * H * W * 9 * C * F operations for each image (multiplications and additions), a dense layer
+    from n to m features 2 * n * m. The gradients take twice as many as the forward pass, except for
+    the first layer, since no gradient with respect to the images is needed.
     """
     sides, channels = (28, 28, 14, 14, 7, 7), (1, 64, 64, 128, 128, 256, 256)
     layers = [2 * side**2 * 9 * channels[i] * channels[i + 1] for i, side in enumerate(sides)]
@@ -244,11 +280,12 @@ def step_flops(batch_size: int) -> int:
 
 
 def _table(entry: dict[str, Any], results: list[Result]) -> str:
+    """Formats the results of a case for the terminal."""
     case = entry["case"]
     batch = case["batch_size"]
     title = f"{case['kind']}, batch {batch}, {case.get('dtype', 'uint8')}"
     columns = (
-        f"{'images/s':>12}{'ms a step':>12}{'host MiB':>10}{'device MiB':>12}{'first step':>12}"
+        f"{'images/s':>12}{'ms per step':>12}{'host MiB':>10}{'device MiB':>12}{'first step':>12}"
     )
     lines = [title, f"  {'':<44}{columns}" + ("  ten epochs" if case["kind"] == "epoch" else "")]
     for result in results:
@@ -274,12 +311,12 @@ def _table(entry: dict[str, Any], results: list[Result]) -> str:
         step, rate = entry["step_flops"] / 1e9, entry["flops_per_second"] / 1e9
         product = entry["matmul_flops_per_second"] / 1e9
         lines.append(
-            f"  {step:.1f} GFLOP a step, counted by hand: {rate:,.0f} GFLOP/s, "
+            f"  {step:.1f} GFLOP per step by formula: {rate:,.0f} GFLOP/s, "
             f"{entry['share_of_matmul']:.0%} of the matrix product's {product:,.0f} GFLOP/s"
         )
         counted = results[0].facts.get("counted_flops")
         if counted:
-            lines.append(f"  XLA counts {counted / 1e9:.1f} GFLOP, without what C code computes")
+            lines.append(f"  XLA counts {counted / 1e9:.1f} GFLOP, without those of the C code")
     return "\n".join(lines)
 
 

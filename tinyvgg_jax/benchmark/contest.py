@@ -1,4 +1,4 @@
-"""Measures contestants side by side: one process each, in turns, so that noise falls on all."""
+"""Measures contestants in turns, each in its own process, so that noise affects all alike."""
 
 import contextlib
 import dataclasses
@@ -11,20 +11,20 @@ import tempfile
 import time
 from typing import Any
 
-# After a run the other's threads may still wait actively for more.
+# The threads of the previous contestant may spin for a while before they sleep.
 _PAUSE_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """Who runs a case.
+    """A worker, and the settings with which it runs a case.
 
     Attributes:
-        name: in the tables.
-        module: to be run with `python -m`, a worker.
-        case: what it adds to the case.
-        environment: variables set for its process.
-        is_peer: whether ours is compared with it.
+        name: its name in tables and JSON.
+        module: the worker's module, run with `python -m`.
+        case: fields that it adds to the case.
+        environment: environment variables of its process.
+        is_peer: whether it is a competitor that this package is compared with.
     """
 
     name: str
@@ -36,15 +36,15 @@ class Contestant:
 
 @dataclasses.dataclass
 class Result:
-    """What a contestant reached.
+    """Measurements of a contestant on a case.
 
     Attributes:
-        name: the contestant's.
-        is_peer: likewise.
-        first_step_seconds: from the start of its process to the end of the first step.
-        seconds: of a step, one figure a round; empty if it failed.
-        facts: of the device and the memory.
-        error: the last line it wrote, if it failed.
+        name: the contestant's name.
+        is_peer: whether the contestant is a competitor.
+        first_step_seconds: time from the start of its process to the end of its first step.
+        seconds: time per step, one number for each round; empty if it failed.
+        facts: device and peak memory.
+        error: the last line of its standard error, if it failed.
     """
 
     name: str
@@ -56,16 +56,16 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Seconds of a step."""
+        """Median time per step over the rounds, in seconds."""
         return statistics.median(self.seconds)
 
 
 class _WorkerError(Exception):
-    pass
+    """A worker's process ended without an answer."""
 
 
 class _Process:
-    """A worker's process, and the conversation with it."""
+    """A worker's process; requests and answers are lines of JSON."""
 
     def __init__(self, contestant: Contestant, case: dict[str, Any]):
         self.result = Result(contestant.name, contestant.is_peer)
@@ -83,22 +83,28 @@ class _Process:
         self.result.first_step_seconds = time.perf_counter() - start
 
     def ask(self, request: Any) -> dict[str, Any]:
+        """Sends a request and waits for its answer.
+
+        Raises:
+            _WorkerError: if the process ends instead, with the last line of its standard error.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(request), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            # Its last words may come after it has closed its output.
+            # A process may write its error after it has closed its output.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(30)
             self._log.seek(0)
-            lines = self._log.read().strip().splitlines() or ["it ended without a word"]
+            lines = self._log.read().strip().splitlines() or ["it ended without an error message"]
             self.close()
             raise _WorkerError(lines[-1][:300])
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
+        """Ends the process: a worker stops when its input ends."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -117,13 +123,16 @@ def contest(
     """Runs a case with all contestants, in turns.
 
     Args:
-        contestants: who takes part; one that fails leaves the others alone.
-        case: what to run, like `{"kind": "train", "batch_size": 32, "dtype": "float32"}`.
-        rounds: turns of each.
-        seconds: length of a turn, about.
+        contestants: the contestants; if one fails to start, the others still run.
+        case: the case, like `{"kind": "train", "batch_size": 32, "dtype": "float32"}`.
+        rounds: number of turns of each contestant.
+        seconds: approximate length of a turn.
 
     Returns:
-        A result for each contestant.
+        A result for each contestant, in their order.
+
+    Raises:
+        RuntimeError: if a contestant fails after its first turn.
     """
     results, processes, steps = [], [], []
     try:
@@ -142,7 +151,7 @@ def contest(
         for process in processes:
             process.result.facts = process.ask("facts")
     except _WorkerError as error:
-        raise RuntimeError(f"a contestant failed in the middle: {error}") from error
+        raise RuntimeError(f"a contestant failed during the measurement: {error}") from error
     finally:
         for process in processes:
             process.close()
@@ -150,7 +159,7 @@ def contest(
 
 
 def _steps_in(process: _Process, seconds: float) -> int:
-    """How many steps take about so long; finding out warms everything up."""
+    """Finds the number of steps that take about so many seconds; this also warms the process up."""
     number = 1
     while True:
         taken = process.ask(number)["seconds"]
@@ -159,6 +168,7 @@ def _steps_in(process: _Process, seconds: float) -> int:
         number = max(number + 1, min(10 * number, round(number * seconds / max(taken, 1e-9) / 2)))
 
 
-def ratios(ours: Result, peer: Result) -> list[float]:
-    """How many times as fast ours was, round by round."""
-    return [theirs / mine for mine, theirs in zip(ours.seconds, peer.seconds, strict=True)]
+def ratios(result: Result, peer: Result) -> list[float]:
+    """Computes for each round how many times as fast as a peer a contestant was."""
+    pairs = zip(result.seconds, peer.seconds, strict=True)
+    return [peer_seconds / seconds for seconds, peer_seconds in pairs]

@@ -1,4 +1,4 @@
-"""The contestant tinyvgg_jax: `python -m tinyvgg_jax.benchmark.jax_worker`, led by `contest`."""
+"""The worker of this package's contestants, which `contest` starts as a process."""
 
 import functools
 import itertools
@@ -24,16 +24,22 @@ IMAGE_SHAPE = (28, 28, 1)
 
 
 def prepare(case: dict[str, Any]) -> Prepared:
-    """Makes a case ready: its `kind` is the name of a function below."""
-    kinds = {"train": train, "epoch": train, "infer": infer, "stream": stream_only}
-    kinds |= {"matmul": matmul}
+    """Prepares a case of any kind."""
+    kinds = {
+        "train": train,
+        "epoch": train,
+        "infer": infer,
+        "stream": stream_only,
+        "matmul": matmul,
+    }
     return kinds[case["kind"]](case)
 
 
 def synthetic_split(size: int) -> Split:
-    """Images of noise, and labels: what they show does not change what they cost."""
+    """Makes a split of random images and labels; the speed does not depend on their content."""
     rng = np.random.default_rng(0)
-    # They begin where XLA wants arrays to, as a dataset's decoded file does: it does not copy them.
+    # XLA uses arrays that are aligned to 64 bytes without a copy. A real dataset's decoded file is
+    # aligned like that, so the random images are too.
     count, alignment = size * math.prod(IMAGE_SHAPE), 64
     memory = np.empty(count + alignment, np.uint8)
     first = -memory.ctypes.data % alignment
@@ -43,11 +49,9 @@ def synthetic_split(size: int) -> Split:
 
 
 def train(case: dict[str, Any]) -> Prepared:
-    """Training steps: bare ones for "train", with augmentation and data order for "epoch"."""
-    model, optimizer = (
-        TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True),
-        make_optimizer(lambda _: 0.01, 0.9),
-    )
+    """Prepares training steps: with augmentation if the kind is "epoch", without if "train"."""
+    model = TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True)
+    optimizer = make_optimizer(lambda _: 0.01, 0.9)
     augmentation: Augmentation = lambda _, images, step: images  # noqa: E731
     if case["kind"] == "epoch":
         augmentation = functools.partial(augment, rotation_degrees=10.0, horizontal_flip=True)
@@ -66,36 +70,31 @@ def train(case: dict[str, Any]) -> Prepared:
     def run(steps: int) -> float:
         start, taken = time.perf_counter(), 0
         while taken < steps:
-            now, number = next(calls)
+            result, number = next(calls)
             taken += number
-        jax.block_until_ready((now.state, now.done))
-        # A call may have taken more steps than were asked for.
+        jax.block_until_ready((result.state, result.done))
+        # One call may run many steps, so more than the requested number may have been taken.
         return (time.perf_counter() - start) * steps / taken
 
     run(1)
-    return Prepared(run, lambda: device_facts() | {"counted_flops": counted(step, case)})
+    return Prepared(run, lambda: device_facts() | {"counted_flops": xla_flops(step, init, case)})
 
 
 def endless(
     pipeline: DevicePipeline | StreamPipeline, state: TrainState
 ) -> Iterator[tuple[CallResult, int]]:
-    """Epoch after epoch, what the pipeline yields, and how many steps each call took."""
+    """Runs epochs without end; yields the result of each call and its number of steps."""
     sums = StepSums.zero()
     for epoch in itertools.count():
         done = 0
-        for now in pipeline.epoch(state, sums, epoch, 0):
-            state, sums = now.state, now.sums
-            yield now, now.step - done
-            done = now.step
+        for result in pipeline.epoch(state, sums, epoch, 0):
+            state, sums = result.state, result.sums
+            yield result, result.step - done
+            done = result.step
 
 
-def counted(step: Any, case: dict[str, Any]) -> float | None:
-    """Floating-point operations of a step as XLA counts them, without what C code computes."""
-    model, optimizer = (
-        TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True),
-        make_optimizer(lambda _: 0.01, 0.9),
-    )
-    init = functools.partial(init_state, model, optimizer, image_shape=IMAGE_SHAPE)
+def xla_flops(step: Any, init: Any, case: dict[str, Any]) -> float | None:
+    """Asks XLA for the floating-point operations of a step; it cannot see those of the C code."""
     state: TrainState = jax.eval_shape(init, jax.random.key(0))
     batch = on_device(synthetic_split(case["batch_size"]))
     compiled = jax.jit(step).lower(state, batch, jax.random.key(0)).compile()
@@ -104,10 +103,11 @@ def counted(step: Any, case: dict[str, Any]) -> float | None:
 
 
 def infer(case: dict[str, Any]) -> Prepared:
-    """Logits of a batch, one call after the other."""
+    """Prepares inference: the logits of a batch, one call after the other."""
     model = TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True)
     images = jnp.asarray(synthetic_split(case["batch_size"]).images / np.float32(255))
-    # Drawn without a program of their own: who infers has them from a file.
+    # NumPy draws the parameters, because `model.init` would compile a program that users who
+    # restore parameters from a file do not need.
     abstract = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(0)
     draw = functools.partial(rng.standard_normal, dtype=np.float32)
@@ -118,7 +118,7 @@ def infer(case: dict[str, Any]) -> Prepared:
         start = time.perf_counter()
         logits = forward(params, images)
         for _ in range(calls - 1):
-            # One call waits for its turn, so that the device never waits for the host.
+            # One more call is always queued, so that the device never waits for the host.
             before, logits = logits, forward(params, images)
             before.block_until_ready()
         logits.block_until_ready()
@@ -129,7 +129,7 @@ def infer(case: dict[str, Any]) -> Prepared:
 
 
 def stream_only(case: dict[str, Any]) -> Prepared:
-    """What the host gives in batches, and nobody uses."""
+    """Prepares batches from the host without a model: the highest rate of the stream pipeline."""
     split = synthetic_split(case["examples"])
     order = np.asarray(epoch_order(jax.random.key(0), 0, len(split)))
     batches = [stream(split, order, case["batch_size"], 0)]
@@ -149,7 +149,7 @@ def stream_only(case: dict[str, Any]) -> Prepared:
 
 
 def matmul(case: dict[str, Any]) -> Prepared:
-    """Square matrix products: what the device can do at best."""
+    """Prepares products of large square matrices, which run near the device's highest FLOP/s."""
     n = case["size"]
     a = jax.random.normal(jax.random.key(0), (n, n), case["dtype"])
     multiply = jax.jit(lambda a, b: a @ b)
@@ -166,7 +166,7 @@ def matmul(case: dict[str, Any]) -> Prepared:
 
 
 def device_facts() -> dict[str, Any]:
-    """The device, its name, and the most memory that was in use on it."""
+    """Reports the device and its peak memory in bytes."""
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     return {

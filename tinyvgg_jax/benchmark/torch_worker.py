@@ -1,8 +1,8 @@
-"""The contestant PyTorch: the same network and step, as its users write them.
+"""The worker of PyTorch's contestants: the same network and train step, in usual PyTorch.
 
-`python -m tinyvgg_jax.benchmark.torch_worker`, led by `contest`. A case has, beyond ours:
-`channels_last`, and `compile`: "" (eager), "default", "reduce-overhead" (CUDA graphs of the
-passes) or "cuda-graph" (a graph of the whole step, captured by hand).
+A case has two more fields than those of `jax_worker`: `channels_last`, and `compile`, which is ""
+(eager), "default", "reduce-overhead" (`torch.compile` with CUDA graphs of the forward and backward
+passes) or "cuda-graph" (one graph of the whole step, captured by hand).
 """
 
 import time
@@ -20,8 +20,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def prepare(case: dict[str, Any]) -> Prepared:
-    """Makes a case ready: its `kind` is "train", "epoch" or "infer"."""
-    # As JAX does by default where there are tensor cores.
+    """Prepares a case of the kind "train", "epoch" or "infer"."""
+    # JAX uses TF32 on tensor cores by default, so PyTorch gets it too.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def prepare(case: dict[str, Any]) -> Prepared:
 
 
 def tiny_vgg() -> nn.Sequential:
-    """The network of `TinyVGG`'s defaults."""
+    """Builds the network of `TinyVGG`'s defaults."""
     layers: list[nn.Module] = []
     channels = 1
     for width in (64, 128, 256):
@@ -42,7 +42,7 @@ def tiny_vgg() -> nn.Sequential:
 
 
 def build(case: dict[str, Any]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The module, and the function that computes its logits, compiled if the case says so."""
+    """Builds the module, and the function from images to logits, compiled as the case says."""
     model: nn.Module = tiny_vgg().to(DEVICE)
     if case["channels_last"]:
         model = model.to(memory_format=torch.channels_last)
@@ -59,19 +59,20 @@ def build(case: dict[str, Any]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model, autocast
 
 
-def noise(case: dict[str, Any], size: int) -> tuple[Tensor, Tensor]:
-    """uint8 images [N, 1, 28, 28] in the memory format of the case, and labels."""
+def random_examples(size: int) -> tuple[Tensor, Tensor]:
+    """Makes random images `[N, 1, 28, 28]` uint8 and labels `[N]`."""
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(256, size=(size, 1, 28, 28), dtype=np.uint8))
     return images, torch.from_numpy(rng.integers(10, size=size))
 
 
 def formatted(case: dict[str, Any], images: Tensor) -> Tensor:
+    """Gives images the memory format of the case."""
     return images.contiguous(memory_format=torch.channels_last) if case["channels_last"] else images
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Rotation by up to 10 degrees, bilinear, and a flip of half of the images [B, 1, H, W]."""
+    """Rotates images `[B, 1, H, W]` by up to 10 degrees, bilinearly, and mirrors half of them."""
     size = len(images)
     angle = (torch.rand(size, device=images.device) * 2 - 1) * (np.pi / 18)
     mirror = torch.where(torch.rand(size, device=images.device) < 0.5, -1.0, 1.0)
@@ -83,7 +84,7 @@ def augmented(images: Tensor) -> Tensor:
 
 
 class Augmented(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """One image after the other on the host, as most training scripts do."""
+    """Dataset that augments one image at a time on the host, as most training scripts do."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
@@ -96,7 +97,7 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 def loaded(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a DataLoader without end."""
+    """Yields batches of a DataLoader without end."""
     loader = torch.utils.data.DataLoader(
         Augmented(images, labels),
         batch_size,
@@ -107,14 +108,14 @@ def loaded(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Te
         drop_last=True,
     )
     while True:
-        for batch, of_batch in loader:
-            yield batch.to(DEVICE, non_blocking=True), of_batch.to(DEVICE, non_blocking=True)
+        for batch, batch_labels in loader:
+            yield batch.to(DEVICE, non_blocking=True), batch_labels.to(DEVICE, non_blocking=True)
 
 
-def resident(
+def on_device(
     images: Tensor, labels: Tensor, batch_size: int, augment: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images that are on the device already, without end."""
+    """Yields batches without end, from images that stay on the device."""
     images, labels = images.to(DEVICE), labels.to(DEVICE)
     while True:
         order = torch.randperm(len(labels), device=DEVICE)
@@ -125,18 +126,18 @@ def resident(
 
 
 def train(case: dict[str, Any]) -> Prepared:
-    """Training steps: bare ones for "train", with augmentation and data order for "epoch"."""
+    """Prepares training steps: with augmentation if the kind is "epoch", without if "train"."""
     model, forward = build(case)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
-    images, labels = noise(case, case["examples"])
+    images, labels = random_examples(case["examples"])
     if case.get("pipeline") == "dataloader":
         batches = loaded(images, labels, case["batch_size"])
     else:
-        batches = resident(images, labels, case["batch_size"], case["kind"] == "epoch")
+        batches = on_device(images, labels, case["batch_size"], case["kind"] == "epoch")
 
-    def step(batch: Tensor, of_batch: Tensor) -> None:
+    def step(batch: Tensor, batch_labels: Tensor) -> None:
         optimizer.zero_grad(set_to_none=case["compile"] != "cuda-graph")
-        functional.cross_entropy(forward(batch), of_batch).backward()
+        functional.cross_entropy(forward(batch), batch_labels).backward()
         optimizer.step()
 
     take = captured(case, step, batches) if case["compile"] == "cuda-graph" else step
@@ -145,8 +146,8 @@ def train(case: dict[str, Any]) -> Prepared:
         synchronize()
         start = time.perf_counter()
         for _ in range(steps):
-            batch, of_batch = next(batches)
-            take(formatted(case, batch), of_batch)
+            batch, batch_labels = next(batches)
+            take(formatted(case, batch), batch_labels)
         synchronize()
         return time.perf_counter() - start
 
@@ -159,32 +160,36 @@ def captured(
     step: Callable[[Tensor, Tensor], None],
     batches: Iterator[tuple[Tensor, Tensor]],
 ) -> Callable[[Tensor, Tensor], None]:
-    """The step as one CUDA graph over tensors of its own, into which the batch is copied."""
-    batch, of_batch = next(batches)
-    batch, of_batch = formatted(case, batch).clone(), of_batch.clone()
+    """Captures the whole step as one CUDA graph.
+
+    A graph always works on the same memory, so each batch is copied into tensors of its own.
+    """
+    batch, batch_labels = next(batches)
+    batch, batch_labels = formatted(case, batch).clone(), batch_labels.clone()
+    # PyTorch requires a few warm-up steps on a side stream before the capture.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step(batch, of_batch)
+            step(batch, batch_labels)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(batch, of_batch)
+        step(batch, batch_labels)
 
     def replay(images: Tensor, labels: Tensor) -> None:
         batch.copy_(images)
-        of_batch.copy_(labels)
+        batch_labels.copy_(labels)
         graph.replay()
 
     return replay
 
 
 def infer(case: dict[str, Any]) -> Prepared:
-    """Logits of a batch, one call after the other."""
+    """Prepares inference: the logits of a batch, one call after the other."""
     model, forward = build(case)
     model.eval()
-    images = formatted(case, (noise(case, case["batch_size"])[0].float() / 255).to(DEVICE))
+    images = formatted(case, (random_examples(case["batch_size"])[0].float() / 255).to(DEVICE))
 
     def run(calls: int) -> float:
         with torch.inference_mode():
@@ -200,12 +205,13 @@ def infer(case: dict[str, Any]) -> Prepared:
 
 
 def synchronize() -> None:
+    """Waits until the device has finished; PyTorch runs ahead of a GPU."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def device_facts() -> dict[str, Any]:
-    """The device, and the most memory that was in use on it."""
+    """Reports the device and its peak memory in bytes."""
     on_gpu = DEVICE.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",

@@ -1,4 +1,4 @@
-"""A contestant's process: it prepares one case, then runs it as often as it is told to.
+"""The process of a contestant: it prepares one case, then runs it on request.
 
 Requests and answers are lines of JSON on standard input and output.
 """
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 
 class Prepared(NamedTuple):
-    """A case that can be run.
+    """A case that is ready to run.
 
     Attributes:
-        run: takes a number of steps, and returns when they are done, with the seconds they took.
-        facts: what else there is to know, asked for at the end, like the memory it took.
+        run: runs a number of steps to their end and returns the time they took, in seconds.
+        facts: reports device and memory; called once, at the end.
     """
 
     run: Callable[[int], float]
@@ -24,15 +24,17 @@ class Prepared(NamedTuple):
 
 
 def serve(prepare: Callable[[dict[str, Any]], Prepared]) -> None:
-    """Answers until the input ends. The first line is the case, each later one a number of steps.
+    """Answers requests until the input ends.
+
+    The first request is the case; each later one is a number of steps to run, or "facts".
 
     Args:
-        prepare: makes a case, like `{"kind": "train", "batch_size": 32}`, ready to run.
+        prepare: prepares a case, like `{"kind": "train", "batch_size": 32}`.
     """
-    # Whatever a library prints must not get between the answers.
+    # Output of libraries goes to standard error, so that it does not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Else it might be written at the exit only, after the error.
+    # Without this, buffered output would come at the exit, after the error message.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
     def answer(content: dict[str, Any]) -> None:
@@ -43,7 +45,7 @@ def serve(prepare: Callable[[dict[str, Any]], Prepared]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request == "facts":
-            # Linux counts in KiB, and other processes that this one waited for apart.
+            # Linux reports KiB. RUSAGE_SELF leaves out child processes, such as the C compiler.
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             answer({"peak_host_bytes": peak} | prepared.facts())
         else:

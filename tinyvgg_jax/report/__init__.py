@@ -1,1 +1,1 @@
-"""What people see of a run: tables, progress, scores, plots, pages, comparisons, explanations."""
+"""Output for people: tables, progress, scores, plots, the report page, compare and explain."""

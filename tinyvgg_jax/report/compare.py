@@ -1,4 +1,4 @@
-"""Several runs side by side: how good, how large, how fast, and what is more than chance."""
+"""Comparison of runs: accuracy with its interval, size, training time, and significance."""
 
 import json
 from collections.abc import Sequence
@@ -19,26 +19,29 @@ from tinyvgg_jax.report.evaluation import (
 )
 from tinyvgg_jax.report.scores import McNemar, accuracy_interval, mcnemar
 from tinyvgg_jax.runs import seeds
+from tinyvgg_jax.runs.folder import write_json, writing_to
 from tinyvgg_jax.runs.restore import run_config
 
-_OF_THE_CONFIGS = DataFolders()
-# Up to so many runs the table has a line for each pair of them.
-_EACH_PAIR = 3
+_AS_IN_CONFIGS = DataFolders()
+# The table has a line for each pair of runs up to this many runs; beyond, each is compared with the
+# best one, because nobody would read all pairs.
+_MAX_RUNS_FOR_ALL_PAIRS = 3
 
 
 class ComparedRun(NamedTuple):
-    """A run on a split.
+    """Result of a run on a split; the run may have several seeds.
 
     Attributes:
-        name: its folder.
-        step: optimizer steps of the checkpoint.
-        accuracy: a fraction; of several seeds their mean.
-        interval: 95 %, two fractions: for other images of the same kind; of several seeds, for
-            the mean over other seeds.
-        parameters: number of the network's.
-        seconds: of training, None where the run was not finished.
-        accuracies: of each seed.
-        right: `[N]` bool, whether the first seed has each example right.
+        name: the run's folder.
+        step: number of optimizer steps of the checkpoint.
+        accuracy: a fraction; the mean over the seeds.
+        interval: lower and upper bound of the 95 % confidence interval, as fractions. For a single
+            seed it is Wilson's, which covers the choice of test images; for several seeds it is
+            Student's interval of the mean, which covers the choice of seeds.
+        parameters: number of parameters of the network.
+        seconds: training time; None if the run is not finished.
+        accuracies: accuracy of each seed, as fractions.
+        correct: `[N]` bool, whether the first seed predicts each example correctly.
     """
 
     name: str
@@ -48,15 +51,22 @@ class ComparedRun(NamedTuple):
     parameters: int
     seconds: float | None
     accuracies: list[float]
-    right: np.ndarray
+    correct: np.ndarray
 
 
 class Welch(NamedTuple):
-    """Two recipes with several seeds each, by Welch's t-test.
+    """Welch's t-test (1947) of two recipes with several seeds each.
+
+    With n_1 and n_2 seeds, mean accuracies m_1 and m_2 and sample standard deviations s_1 and s_2,
+
+        t = (m_1 - m_2) / sqrt(s_1**2 / n_1 + s_2**2 / n_2)
+
+    Unlike Student's t-test, it does not assume that both recipes vary equally between seeds.
 
     Attributes:
-        interval: 95 %, of the difference of the mean accuracies, two fractions.
-        p_value: how often chance alone makes a difference as large, if both are equally good.
+        interval: lower and upper bound of the 95 % confidence interval of the difference of the
+            mean accuracies, as fractions.
+        p_value: probability of a difference at least this large if both are equally good.
     """
 
     interval: tuple[float, float]
@@ -64,13 +74,13 @@ class Welch(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Runs on the same examples.
+    """Comparison of runs on the same examples.
 
     Attributes:
         split: the split's name.
-        runs: in the order asked for.
-        tests: of each pair of their indices, the first being the smaller: McNemar's of two
-            single seeds, Welch's of several seeds each, else None.
+        runs: the results, in the order in which the runs were named.
+        tests: the test of each pair of runs (i, j) with i < j: McNemar's if both have a single
+            seed, Welch's if both have several, else None.
     """
 
     split: str
@@ -82,15 +92,15 @@ def compare_runs(
     workdirs: Sequence[str | Path],
     split: str = "test",
     step: int | str = "latest",
-    folders: DataFolders = _OF_THE_CONFIGS,
+    folders: DataFolders = _AS_IN_CONFIGS,
 ) -> Comparison:
-    """Evaluates runs on the same examples and compares each with each.
+    """Evaluates runs on the same examples and tests each pair for a significant difference.
 
     Args:
         workdirs: folders of two runs or more.
         split: "train", "validation" or "test".
         step: as in `restore`.
-        folders: where the data lies, where that is not what the configs say.
+        folders: folders of the data that replace those of the runs' configs.
 
     Returns:
         The comparison.
@@ -112,16 +122,19 @@ def compare_runs(
         first = first or evaluated[0].data
         if not _same(first, evaluated[0].data):
             raise UserError(f"{workdirs[0]} and {workdir} have different {split} splits.")
-        runs.append(_compared(workdir, evaluated))
+        runs.append(_result(workdir, evaluated))
     pairs = combinations(range(len(runs)), 2)
     return Comparison(split, runs, {(i, j): _test(runs[i], runs[j]) for i, j in pairs})
 
 
-def _same(ours: Split, theirs: Split) -> bool:
-    return np.array_equal(ours.labels, theirs.labels) and np.array_equal(ours.images, theirs.images)
+def _same(first: Split, second: Split) -> bool:
+    return np.array_equal(first.labels, second.labels) and np.array_equal(
+        first.images, second.images
+    )
 
 
-def _compared(workdir: str | Path, evaluated: list[CheckpointEvaluation]) -> ComparedRun:
+def _result(workdir: str | Path, evaluated: list[CheckpointEvaluation]) -> ComparedRun:
+    """Summarises the evaluations of a run's seeds."""
     result = evaluated[0].result
     accuracies = [one.result.accuracy for one in evaluated]
     statistics = seeds.statistics_of(accuracies)
@@ -139,9 +152,10 @@ def _compared(workdir: str | Path, evaluated: list[CheckpointEvaluation]) -> Com
 
 
 def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
+    """Chooses and runs the test of a pair, as `Comparison` describes."""
     a, b = first.accuracies, second.accuracies
     if len(a) == len(b) == 1:
-        return mcnemar(first.right, second.right)
+        return mcnemar(first.correct, second.correct)
     if min(len(a), len(b)) == 1:
         return None
     from scipy import stats
@@ -152,6 +166,7 @@ def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
 
 
 def _seconds(workdir: Path) -> float | None:
+    """Reads the training time from `summary.json`; None if it is missing or damaged."""
     try:
         return float(json.loads((workdir / "summary.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -159,50 +174,53 @@ def _seconds(workdir: Path) -> float | None:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """What was found, for a terminal."""
+    """Formats a comparison for the terminal: a row for each run, then a line for each test."""
     runs = comparison.runs
     width = max(len("run"), *(len(run.name) for run in runs))
+    accuracy = f"{comparison.split} accuracy"
     lines = [
-        f"    {'run':<{width}}  {comparison.split:>10}  {'95 % interval':>15}  {'parameters':>10}"
-        f"  {'time':>8}"
+        f"    {'run':<{width}}  {accuracy}  {'95 % interval':>15}  {'parameters':>10}  {'time':>8}"
     ]
     for index, run in enumerate(runs, start=1):
         low, high = run.interval
         seconds = "-" if run.seconds is None else f"{run.seconds:,.0f} s"
         lines.append(
-            f"{index:>2}  {run.name:<{width}}  {run.accuracy:>10.2%}  {low:>7.2%}-{high:.2%}  "
-            f"{run.parameters:>10,}  {seconds:>8}"
+            f"{index:>2}  {run.name:<{width}}  {run.accuracy:>{len(accuracy)}.2%}  "
+            f"{low:>7.2%}-{high:.2%}  {run.parameters:>10,}  {seconds:>8}"
         )
     lines.append("")
     best = max(range(len(runs)), key=lambda index: runs[index].accuracy)
     for (i, j), test in comparison.tests.items():
-        # Of many runs not each pair, which nobody would read: each beside the best one.
-        if len(runs) <= _EACH_PAIR or best in (i, j):
-            lines.append(f"{i + 1} and {j + 1}: {_verdict(runs[i], runs[j], test)}")
+        if len(runs) <= _MAX_RUNS_FOR_ALL_PAIRS or best in (i, j):
+            lines.append(f"{i + 1} and {j + 1}: {_test_line(runs[i], runs[j], test)}")
     if any(len(run.accuracies) == 1 for run in runs):
         lines.append(
-            "A single seed's interval is for other images of the same kind, McNemar's test for "
-            "these; another seed of the same recipe varies too."
+            "The interval of a single seed covers the choice of images only, and McNemar's test\n"
+            "compares two networks, not two recipes. To compare recipes, train several seeds."
         )
     return "\n".join(lines)
 
 
-def _verdict(first: ComparedRun, second: ComparedRun, test: McNemar | Welch | None) -> str:
+def _test_line(first: ComparedRun, second: ComparedRun, test: McNemar | Welch | None) -> str:
+    """Describes the difference of two accuracies and its test."""
     gap = f"{100 * (first.accuracy - second.accuracy):+.2f} points"
     if test is None:
-        return f"{gap}; no test of several seeds beside a single one"
-    found = "more than chance" if test.p_value < 0.05 else "may be chance"
+        return f"{gap}; no test of several seeds against a single one"
+    found = "significant" if test.p_value < 0.05 else "not significant"
     if isinstance(test, Welch):
         low, high = (f"{100 * bound:+.2f}" for bound in test.interval)
-        return f"{gap} (95 % interval {low} to {high}), {found} (Welch's t, p = {test.p_value:.2g})"
+        return (
+            f"{gap} (95 % interval {low} to {high}), {found} "
+            f"(Welch's t-test, p = {test.p_value:.2g})"
+        )
     return (
-        f"{gap}, {found} (p = {test.p_value:.2g}; {test.only_first} images only the "
-        f"first has right, {test.only_second} only the second)"
+        f"{gap}, {found} (McNemar's test, p = {test.p_value:.2g}; predicted correctly by the "
+        f"first only: {test.only_first}, by the second only: {test.only_second})"
     )
 
 
 def draw_comparison(comparison: Comparison) -> Figure:
-    """One plot: the runs' accuracies with their intervals."""
+    """Draws the accuracy of each run with its confidence interval."""
     runs = comparison.runs
     figure = Figure(figsize=(8, 1.4 + 0.45 * len(runs)), layout="constrained", facecolor="white")
     axes = figure.subplots()
@@ -219,9 +237,9 @@ def draw_comparison(comparison: Comparison) -> Figure:
             ha="center",
             fontsize=9,
         )
-    axes.set_yticks(rows, [_short(run) for run in runs])
+    axes.set_yticks(rows, [_axis_label(run) for run in runs])
     axes.set(ylim=(len(runs) - 0.5, -0.7))
-    axes.set_xlabel(f"{comparison.split} accuracy in %, with its 95 % interval")
+    axes.set_xlabel(f"Accuracy on the {comparison.split} split (%), with 95 % confidence interval")
     axes.grid(axis="x", color="#e4e0da")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -229,23 +247,31 @@ def draw_comparison(comparison: Comparison) -> Figure:
     return figure
 
 
-def _short(run: ComparedRun, longest: int = 32) -> str:
+def _axis_label(run: ComparedRun, longest: int = 32) -> str:
+    """Names a run and its size in two lines; a long name loses its beginning."""
     name = run.name if len(run.name) <= longest else "..." + run.name[-longest + 3 :]
     seeds = f", {len(run.accuracies)} seeds" if len(run.accuracies) > 1 else ""
     return f"{name}\n{run.parameters:,} parameters{seeds}"
 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> Path:
-    """Writes the plot as a PNG and, into `PATH.json` beside it, the figures.
+    """Writes a comparison as a plot, and its numbers as JSON.
+
+    Args:
+        comparison: the comparison.
+        path: the PNG to write; `PATH.json` beside it receives the numbers.
+
+    Returns:
+        The path of the PNG.
 
     Raises:
-        UserError: if that cannot be written.
+        UserError: if the files cannot be written.
     """
     path = local_path(path)
     content: dict[str, Any] = {
         "split": comparison.split,
         "runs": [
-            {key: value for key, value in run._asdict().items() if key != "right"}
+            {key: value for key, value in run._asdict().items() if key != "correct"}
             for run in comparison.runs
         ],
         "tests": [
@@ -254,12 +280,8 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
             if test is not None
         ],
     }
-    try:
+    with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_comparison(comparison).savefig(path, format="png", dpi=120)
-        path.with_name(f"{path.name}.json").write_text(
-            json.dumps(content, indent=2) + "\n", encoding="utf-8"
-        )
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.") from error
+    write_json(path.with_name(f"{path.name}.json"), content)
     return path

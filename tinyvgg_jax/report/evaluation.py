@@ -1,4 +1,4 @@
-"""The evaluation of a run's checkpoint: on what, what came out, and the JSON that keeps it."""
+"""Evaluation of a run's checkpoints, and its JSON file `evaluation/SPLIT.json`."""
 
 import dataclasses
 from pathlib import Path
@@ -19,33 +19,33 @@ from tinyvgg_jax.runs.restore import restore_checkpoint, run_config, run_info, s
 
 
 class DataFolders(NamedTuple):
-    """Where the data lies on this machine, instead of where the config says; None is the config's.
+    """Folders of the data on this machine, which replace those of a run's config.
 
     Attributes:
-        data_dir: tfds's folder of datasets.
-        source_dir: folder of IDX files to prepare from.
+        data_dir: tfds's folder of datasets; None for the config's.
+        source_dir: folder of IDX files to prepare the dataset from; None for the config's.
     """
 
     data_dir: str | None = None
     source_dir: str | None = None
 
 
-_OF_THE_CONFIG = DataFolders()
+_AS_IN_CONFIG = DataFolders()
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointEvaluation:
-    """The metrics of a run's checkpoint on a split.
+    """Evaluation of a run's checkpoint on a split.
 
     Attributes:
         workdir: the run's folder.
         split: the split's name.
-        step: optimizer steps of the checkpoint.
+        step: number of optimizer steps of the checkpoint.
         data: the split's examples.
-        info: of the dataset.
-        parameters: number of the network's parameters.
-        result: the metrics.
-        flipped: the metrics on the mirrored images, None unless asked for.
+        info: the dataset's image shape and class names.
+        parameters: number of parameters of the network.
+        result: sums and logits on the images.
+        flipped: sums and logits on the mirrored images; None without flip averaging.
     """
 
     workdir: Path
@@ -59,7 +59,7 @@ class CheckpointEvaluation:
 
     @property
     def flip_averaged_accuracy(self) -> float | None:
-        """The accuracy of the mean logits of each image and its mirror image, a fraction."""
+        """Accuracy of the mean logits of each image and its mirror image, as a fraction."""
         if self.flipped is None:
             return None
         logits = self.result.logits + self.flipped.logits
@@ -67,7 +67,11 @@ class CheckpointEvaluation:
 
 
 def check_split(split: str) -> None:
-    """Raises a UserError unless a run has a split of this name."""
+    """Checks the name of a split.
+
+    Raises:
+        UserError: if it is not "train", "validation" or "test".
+    """
     if split not in SPLITS:
         nearest = config_lib.suggestion(split, SPLITS)
         raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}{nearest}")
@@ -77,10 +81,24 @@ def evaluate_checkpoint(
     workdir: str | Path,
     split: str = "test",
     step: int | str = "latest",
-    folders: DataFolders = _OF_THE_CONFIG,
+    folders: DataFolders = _AS_IN_CONFIG,
     flip_averaging: bool = False,
 ) -> CheckpointEvaluation:
-    """Evaluates a checkpoint of a run and writes nothing; see `evaluate_run`."""
+    """Evaluates a checkpoint of a run; nothing is written.
+
+    Args:
+        workdir: the folder that `train_and_evaluate` wrote.
+        split: "train", "validation" or "test", as the run's config defines them.
+        step: as in `restore`.
+        folders: folders of the data that replace those of the run's config.
+        flip_averaging: whether to evaluate the mirrored images too.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        UserError: if there is no such run, checkpoint or split, or the data cannot be loaded.
+    """
     check_split(split)
     workdir = local_path(workdir)
     config = single_run_config(workdir)
@@ -111,43 +129,15 @@ def evaluate_checkpoint(
     )
 
 
-def evaluate_run(
-    workdir: str | Path,
-    split: str = "test",
-    step: int | str = "latest",
-    folders: DataFolders = _OF_THE_CONFIG,
-    flip_averaging: bool = False,
-) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run and writes `evaluation/SPLIT.json` into its folder.
-
-    Args:
-        workdir: the folder that `train_and_evaluate` wrote.
-        split: "train", "validation" or "test", as the run's config defines them.
-        step: as in `restore`.
-        folders: where the data lies, where that is not what the config says.
-        flip_averaging: whether to find also the accuracy of the mean of both views of an image.
-
-    Returns:
-        What was written; see `evaluation_content`.
-
-    Raises:
-        UserError: if there is no such run, checkpoint or split.
-    """
-    evaluated = evaluate_checkpoint(workdir, split, step, folders, flip_averaging)
-    content = evaluation_content(evaluated)
-    write_evaluation(evaluated.workdir, split, content)
-    return content
-
-
 def evaluation_content(evaluated: CheckpointEvaluation) -> dict[str, Any]:
     """Makes the content of `evaluation/SPLIT.json`.
 
     Returns:
-        `accuracy`, `loss`, `count`, `correct`, `step`,
-        `expected_calibration_error`, `confusion` (`[num_classes][num_classes]` counts, a row for
-        each true class), and `per_class`, a list of `class`, `accuracy`, `count`, `correct`,
-        `precision`, `recall` and `f1`. Accuracies and the like are fractions. Where mirrored
-        images were evaluated too, `flip_averaged_accuracy`.
+        `accuracy`, `loss` (mean, in nats), `count`, `correct`, `step`,
+        `expected_calibration_error`; `confusion`, `[num_classes][num_classes]` counts with a row
+        for each true class; `per_class`, a list of `class`, `accuracy`, `count`, `correct`,
+        `precision`, `recall` and `f1`; and with flip averaging `flip_averaged_accuracy`. All
+        accuracies and scores are fractions.
     """
     result, names = evaluated.result, evaluated.info.class_names
     confusion = confusion_matrix(evaluated.data.labels, result.predicted, len(names))
@@ -183,8 +173,13 @@ def evaluation_content(evaluated: CheckpointEvaluation) -> dict[str, Any]:
 def write_evaluation(workdir: Path, split: str, content: dict[str, Any]) -> None:
     """Writes `evaluation/SPLIT.json` into a run's folder.
 
+    Args:
+        workdir: the run's folder.
+        split: the split's name.
+        content: as from `evaluation_content` or `evaluate_seeds`.
+
     Raises:
-        UserError: if that cannot be written.
+        UserError: if the file cannot be written.
     """
     folder = workdir / "evaluation"
     with writing_to(folder):
@@ -196,18 +191,27 @@ def evaluate_seeds(
     workdir: str | Path,
     split: str = "test",
     step: int | str = "latest",
-    folders: DataFolders = _OF_THE_CONFIG,
+    folders: DataFolders = _AS_IN_CONFIG,
     flip_averaging: bool = False,
 ) -> dict[Path, dict[str, Any]]:
-    """Evaluates all runs of a run of several seeds, and their ensemble, and writes nothing.
+    """Evaluates the runs of several seeds, and their ensemble; nothing is written.
 
-    Args and errors are those of `evaluate_run`.
+    The ensemble predicts the class with the highest mean of the runs' probabilities.
+
+    Args:
+        workdir: the folder of all seeds, which `train_and_evaluate` wrote.
+        split: as in `evaluate_checkpoint`.
+        step: as in `evaluate_checkpoint`.
+        folders: as in `evaluate_checkpoint`.
+        flip_averaging: as in `evaluate_checkpoint`.
 
     Returns:
-        For the folder of each seed its `evaluation_content`; and for `workdir` `accuracy` and
-        `loss` (means), `seeds` (of both, and where asked for of `flip_averaged_accuracy`, as in
-        `seeds.statistics_of`), and `ensemble`: `accuracy`, `correct` and `count` of the mean of
-        the runs' probabilities.
+        For the folder of each seed, its `evaluation_content`. For `workdir`, `accuracy` and `loss`,
+        which are means; `seeds`, the `seeds.statistics_of` accuracy, loss and, with flip averaging,
+        `flip_averaged_accuracy`; and `ensemble` with its `accuracy`, `correct` and `count`.
+
+    Raises:
+        UserError: as `evaluate_checkpoint`; and if the training of some seeds has not begun.
     """
     check_split(split)
     workdir = local_path(workdir)

@@ -1,4 +1,4 @@
-"""How a network sees one image: the feature maps of every block, and where it looked."""
+"""Explanation of a prediction: the feature maps of each block, and Grad-CAM."""
 
 import dataclasses
 from functools import partial
@@ -19,19 +19,21 @@ from tinyvgg_jax.predict import Predictor, load_predictor
 from tinyvgg_jax.runs.folder import writing_to
 from tinyvgg_jax.step import to_float
 
-_COLUMNS_OF_MAPS = 16
+# Columns of a grid of feature maps; blocks of more than 128 features get twice as many.
+_COLUMNS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What happens to an image on its way through a network.
+    """Feature maps and Grad-CAM of one image.
 
     Attributes:
-        image: `[H, W, C]` uint8, as the network sees it.
+        image: the network's input, `[H, W, C]` uint8.
         probabilities: `[num_classes]` float32.
-        feature_maps: of each block, after its pooling, `[H, W, features]` float32.
-        saliency: `[h, w]` float32, Grad-CAM of the most probable class at the last convolution,
-            from 0 to 1.
+        feature_maps: output of each block, after its pooling: block i, counted from 1, has
+            `[H // 2**i, W // 2**i, features]` float32.
+        saliency: Grad-CAM of the predicted class at the last convolution, `[h, w]` float32 in
+            [0, 1].
     """
 
     image: np.ndarray
@@ -41,11 +43,11 @@ class Explanation:
 
 
 def explain(predictor: Predictor, image: np.ndarray) -> Explanation:
-    """Runs one image through a network and keeps what is on the way.
+    """Computes the probabilities, feature maps and Grad-CAM of one image.
 
     Args:
         predictor: the network.
-        image: `[H, W, C]` uint8, of its size.
+        image: `[H, W, C]` uint8, of the shape `predictor.image_shape`.
 
     Returns:
         The explanation.
@@ -58,11 +60,14 @@ def explain(predictor: Predictor, image: np.ndarray) -> Explanation:
 
 @partial(jax.jit, static_argnums=0)
 def _explain(model: TinyVGG, params: Any, image: Array) -> tuple[Array, list[Array], Array]:
+    """Computes the probabilities, the pooled feature maps of each block, and Grad-CAM."""
     variables = {"params": params}
     activations = cast(
         list[Array], model.apply(variables, to_float(image)[None], method="activations")
     )
 
+    # The network is split after its last convolution, because Grad-CAM needs the gradient of a
+    # logit with respect to that convolution's output.
     def classify(last: Array) -> Array:
         return cast(Array, model.apply(variables, last, method="classify"))[0]
 
@@ -74,20 +79,23 @@ def _explain(model: TinyVGG, params: Any, image: Array) -> tuple[Array, list[Arr
 
 
 def grad_cam(activations: Array, gradient: Array) -> Array:
-    """Where a class is seen: Grad-CAM (Selvaraju et al., arXiv:1610.02391).
+    """Computes Grad-CAM (Selvaraju et al., arXiv:1610.02391).
+
+    With activations A and the gradient G of a class's logit with respect to them, it is
+
+        relu(sum over features k of w_k * A[:, :, k]),  w_k = mean over i, j of G[i, j, k]
 
     Args:
-        activations: `[H, W, features]` of a convolution.
-        gradient: likewise, of the class's logit with respect to them.
+        activations: output of a convolution, `[H, W, features]`.
+        gradient: gradient of the class's logit with respect to `activations`, of the same shape.
 
     Returns:
-        `[H, W]` float32: the features, weighted by their mean gradients, where positive; 1 at the
-        highest, or 0 everywhere.
+        `[H, W]` float32, divided by its maximum; 0 everywhere if no position is positive.
     """
     weights = gradient.astype(jnp.float32).mean(axis=(0, 1))
     saliency = jax.nn.relu(activations.astype(jnp.float32) @ weights)
-    top = saliency.max()
-    return jnp.where(top > 0, saliency / jnp.where(top > 0, top, 1), 0)
+    highest = saliency.max()
+    return jnp.where(highest > 0, saliency / jnp.where(highest > 0, highest, 1), 0)
 
 
 def explain_file(
@@ -97,17 +105,17 @@ def explain_file(
     invert: str = "auto",
     step: int | str = "best",
 ) -> Path:
-    """Draws how a run's network sees one picture file.
+    """Draws the feature maps and Grad-CAM of a picture file.
 
     Args:
         workdir: the run's folder.
-        path: the picture.
+        path: the picture file.
         output: the PNG to write; by default `explain/NAME.png` in the run's folder.
         invert: "auto", "yes" or "no", as in `pictures.normalise`.
         step: as in `restore`.
 
     Returns:
-        The file that was written.
+        The path of the PNG.
 
     Raises:
         UserError: if there is no such run or picture, or the file cannot be written.
@@ -125,38 +133,50 @@ def explain_file(
 
 
 def draw(explanation: Explanation, class_names: tuple[str, ...]) -> Figure:
-    """One figure: the image, where the network looked, its probabilities, all feature maps."""
+    """Draws an explanation as one figure.
+
+    Args:
+        explanation: the explanation.
+        class_names: the names of all classes.
+
+    Returns:
+        A figure with the input, Grad-CAM and the most probable classes in the first row, and the
+        feature maps of one block in each of the other rows.
+    """
     grids = [_grid(maps) for maps in explanation.feature_maps]
     width = 12.0
     heights = [3.4] + [0.5 + (width - 0.4) * g.shape[0] / g.shape[1] for g in grids]
     figure = Figure(figsize=(width, sum(heights)), layout="constrained", facecolor="white")
-    rooms = cast(list[SubFigure], figure.subfigures(len(heights), 1, height_ratios=heights))
-    _draw_answer(rooms[0], explanation, class_names)
-    for block, (room, grid, maps) in enumerate(
-        zip(rooms[1:], grids, explanation.feature_maps, strict=True), start=1
+    subfigures = cast(list[SubFigure], figure.subfigures(len(heights), 1, height_ratios=heights))
+    _draw_prediction(subfigures[0], explanation, class_names)
+    for block, (subfigure, grid, maps) in enumerate(
+        zip(subfigures[1:], grids, explanation.feature_maps, strict=True), start=1
     ):
-        axes = room.subplots()
+        axes = subfigure.subplots()
         axes.imshow(grid, cmap="magma", vmin=0, interpolation="nearest")
         axes.set_axis_off()
         H, W, features = maps.shape
-        silent = int((maps.max(axis=(0, 1)) <= 0).sum())
+        zero = int((maps.max(axis=(0, 1)) <= 0).sum())
         axes.set_title(
-            f"Block {block}: {features} feature maps of {H}x{W}, {silent} silent",
+            f"Feature maps of block {block}: {features} of {H}x{W} pixels, {zero} all zero",
             loc="left",
             fontsize=11,
         )
     return figure
 
 
-def _draw_answer(room: SubFigure, explanation: Explanation, class_names: tuple[str, ...]) -> None:
-    seen, looked, bars = room.subplots(1, 3, width_ratios=(1, 1, 1.6))
+def _draw_prediction(
+    subfigure: SubFigure, explanation: Explanation, class_names: tuple[str, ...]
+) -> None:
+    """Draws the input, Grad-CAM over the input, and the most probable classes."""
+    network_input, heat_map, bars = subfigure.subplots(1, 3, width_ratios=(1, 1, 1.6))
     image = explanation.image[..., 0] if explanation.image.shape[2] == 1 else explanation.image
     H, W = image.shape[:2]
-    for axes, title in ((seen, "What the network gets"), (looked, "Where it looked (Grad-CAM)")):
+    for axes, title in ((network_input, "Input"), (heat_map, "Grad-CAM")):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(0, W, H, 0))
         axes.set_title(title, fontsize=11)
         axes.set_axis_off()
-    looked.imshow(
+    heat_map.imshow(
         explanation.saliency,
         cmap="inferno",
         alpha=0.6,
@@ -164,21 +184,28 @@ def _draw_answer(room: SubFigure, explanation: Explanation, class_names: tuple[s
         interpolation="bilinear",
     )
     order = np.argsort(-explanation.probabilities)[: min(6, len(class_names))]
-    shares = explanation.probabilities[order]
-    bars.barh(range(len(order)), shares, color=["#b5451c"] + ["#c9c4bc"] * (len(order) - 1))
-    for row, share in enumerate(shares):
-        bars.text(share + 0.01, row, f"{share:.1%}", va="center", fontsize=10)
+    probabilities = explanation.probabilities[order]
+    bars.barh(range(len(order)), probabilities, color=["#b5451c"] + ["#c9c4bc"] * (len(order) - 1))
+    for row, probability in enumerate(probabilities):
+        bars.text(probability + 0.01, row, f"{probability:.1%}", va="center", fontsize=10)
     bars.set_yticks(range(len(order)), [class_names[label] for label in order])
     bars.set(xlim=(0, 1.15), ylim=(len(order) - 0.4, -0.6))
-    bars.set_title("What it takes it for", fontsize=11)
+    bars.set_title("Prediction", fontsize=11)
     bars.tick_params(left=False, bottom=False, labelbottom=False)
     bars.spines[:].set_visible(False)
 
 
 def _grid(maps: np.ndarray) -> np.ndarray:
-    """All maps of a block side by side, each from 0 to 1 by its own highest value."""
+    """Arranges the feature maps of a block in a grid, each divided by its own maximum.
+
+    Args:
+        maps: `[H, W, features]`.
+
+    Returns:
+        A grey image with NaN, which is drawn as white, between the maps.
+    """
     H, W, features = maps.shape
-    columns = min(_COLUMNS_OF_MAPS * (2 if features > 128 else 1), features)
+    columns = min(_COLUMNS * (2 if features > 128 else 1), features)
     rows = -(-features // columns)
     gap = max(1, H // 7)
     grid = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap), np.nan)

@@ -1,4 +1,4 @@
-"""`evaluation/report.html`: one file without anything outside it."""
+"""The report page `evaluation/report.html`: a single file that refers to no other."""
 
 import base64
 import html
@@ -19,50 +19,52 @@ from tinyvgg_jax.report.scores import accuracy_interval, calibration
 from tinyvgg_jax.report.tables import PAPER
 from tinyvgg_jax.runs.folder import write_text, writing_to
 
-_WRONG, _RIGHT = 24, 24
+_MAX_WRONG, _MAX_CORRECT = 24, 24
 _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
 def write_report(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> Path:
-    """Writes the pictures of an evaluation and the page that shows them.
+    """Writes the pictures of an evaluation, and the page that shows them.
 
-    Into the run's folder: `evaluation/SPLIT/*.png`, and `evaluation/report.html`.
+    The run's folder receives `evaluation/SPLIT/*.png` and `evaluation/report.html`.
 
     Args:
-        evaluated: the evaluation.
-        content: its `evaluation_content`.
+        evaluated: the evaluation of a checkpoint.
+        content: the same evaluation, as from `evaluation_content`.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        UserError: if they cannot be written.
+        UserError: if the files cannot be written.
     """
     workdir, split = evaluated.workdir, evaluated.split
     folder, page = workdir / "evaluation" / split, workdir / "evaluation" / "report.html"
     drawings = _drawings(evaluated, content)
-    wrong, right = _most_confidently_wrong(evaluated), _sample_of_right(evaluated)
+    wrong, correct = _most_confident_wrong(evaluated), _sample_of_correct(evaluated)
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, draw in drawings.items():
             (folder / f"{name}.png").write_bytes(plots.png(draw(plots.LIGHT)))
-        for name, chosen in (("wrong", wrong), ("right", right)):
+        for name, chosen in (("wrong", wrong), ("right", correct)):
             captions = ["\n".join(_caption(evaluated, index)) for index in chosen]
             figure = plots.gallery(evaluated.data.images[chosen], captions)
             (folder / f"{name}.png").write_bytes(plots.png(figure))
-    write_text(page, _page(evaluated, content, drawings, wrong, right))
+    write_text(page, _page(evaluated, content, drawings, wrong, correct))
     return page
 
 
+# A figure that is drawn once for each theme.
 Drawing = Callable[[plots.Theme], Figure]
 
 
 def _drawings(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> dict[str, Drawing]:
+    """Prepares the figures by the names of their files; without history no learning curves."""
     matrix, names = np.asarray(content["confusion"]), evaluated.info.class_names
     curve = calibration(evaluated.result.probabilities, evaluated.data.labels)
     drawings: dict[str, Drawing] = {
-        "confusion_matrix": lambda theme: plots.confusion(matrix, names, theme),
-        "calibration": lambda theme: plots.reliability(curve, theme),
+        "confusion_matrix": lambda theme: plots.confusion_matrix(matrix, names, theme),
+        "calibration": lambda theme: plots.calibration_curve(curve, theme),
     }
     history = _history(evaluated.workdir)
     if history:
@@ -71,7 +73,7 @@ def _drawings(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> dict[
 
 
 def _history(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none if it is missing or damaged, which is not worth failing."""
+    """Reads `metrics.jsonl`; empty if it is missing or damaged, since the report can do without."""
     try:
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         history = [json.loads(line) for line in lines]
@@ -84,7 +86,7 @@ def _history(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _summary(workdir: Path) -> dict[str, Any]:
-    """summary.json; empty if the run is not finished, or it is damaged."""
+    """Reads `summary.json`; empty if the run is not finished, or the file is damaged."""
     try:
         content: dict[str, Any] = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
         for key in ("seconds", *(f"{split}_accuracy" for split in PAPER)):
@@ -99,27 +101,30 @@ def _confidence(evaluated: CheckpointEvaluation) -> np.ndarray:
     return evaluated.result.probabilities.max(axis=1)
 
 
-def _most_confidently_wrong(evaluated: CheckpointEvaluation) -> np.ndarray:
-    """Indices of the wrong predictions with the highest confidence."""
+def _most_confident_wrong(evaluated: CheckpointEvaluation) -> np.ndarray:
+    """Selects the wrong predictions with the highest confidence, as indices into the split."""
     wrong = np.flatnonzero(evaluated.result.predicted != evaluated.data.labels)
-    return wrong[np.argsort(-_confidence(evaluated)[wrong], kind="stable")][:_WRONG]
+    return wrong[np.argsort(-_confidence(evaluated)[wrong], kind="stable")][:_MAX_WRONG]
 
 
-def _sample_of_right(evaluated: CheckpointEvaluation) -> np.ndarray:
-    """Indices of right predictions drawn by lot, the same every time."""
-    right = np.flatnonzero(evaluated.result.predicted == evaluated.data.labels)
-    return np.random.default_rng(0).permutation(right)[:_RIGHT]
+def _sample_of_correct(evaluated: CheckpointEvaluation) -> np.ndarray:
+    """Draws a random sample of correct predictions, as indices; the same in every report."""
+    correct = np.flatnonzero(evaluated.result.predicted == evaluated.data.labels)
+    return np.random.default_rng(0).permutation(correct)[:_MAX_CORRECT]
 
 
 def _caption(evaluated: CheckpointEvaluation, index: int) -> list[str]:
+    """Describes a prediction: class and confidence, and the true class if it is another."""
     names, result = evaluated.info.class_names, evaluated.result
     label, predicted = evaluated.data.labels[index], result.predicted[index]
     confidence = _confidence(evaluated)[index]
-    sure = f"{names[predicted]} " + (">99%" if confidence > 0.99 else f"{confidence:.0%}")
-    return [sure] if label == predicted else [sure, f"is {names[label]}"]
+    # Rounding would show 100 %, as if the network were certain.
+    percentage = ">99%" if confidence > 0.99 else f"{confidence:.0%}"
+    prediction = f"{names[predicted]} {percentage}"
+    return [prediction] if label == predicted else [prediction, f"true: {names[label]}"]
 
 
-# From here on, HTML.
+# The functions below make the HTML.
 
 
 def _page(
@@ -127,15 +132,15 @@ def _page(
     content: dict[str, Any],
     drawings: dict[str, Drawing],
     wrong: np.ndarray,
-    right: np.ndarray,
+    correct: np.ndarray,
 ) -> str:
+    """Fills the template `page.html`."""
     result, split = evaluated.result, evaluated.split
     low, high = accuracy_interval(result.correct, result.count)
     curves = ""
     if "learning_curves" in drawings:
-        curves = (
-            f"<h2>How it learned</h2>{_picture(drawings['learning_curves'], 'Learning curves')}"
-        )
+        picture = _picture(drawings["learning_curves"], "Learning curves")
+        curves = f"<section><h2>Learning curves</h2>{picture}</section>"
     return _PAGE.substitute(
         title=_text(evaluated.workdir.resolve().name),
         facts=_facts(evaluated),
@@ -150,20 +155,24 @@ def _page(
         confusion=_picture(drawings["confusion_matrix"], "Confusion matrix"),
         classes=_class_rows(content),
         curves=curves,
-        calibration=_picture(drawings["calibration"], "Calibration curve"),
+        calibration=_picture(drawings["calibration"], "Calibration"),
         calibration_error=f"{content['expected_calibration_error']:.2%}",
         wrong_total=f"{result.count - result.correct:,}",
+        wrong_shown=f"{len(wrong):,}",
         wrong=_tiles(evaluated, wrong),
-        right=_tiles(evaluated, right),
+        right_shown=f"{len(correct):,}",
+        right=_tiles(evaluated, correct),
     )
 
 
 def _text(value: object) -> str:
-    # A file's name may hold bytes that are no text.
+    """Escapes text for HTML."""
+    # The name of a file may hold bytes that are not valid UTF-8.
     return html.escape(str(value).encode(errors="replace").decode())
 
 
 def _facts(evaluated: CheckpointEvaluation) -> str:
+    """Lists parameters, and training time, device and versions of a finished run."""
     summary = _summary(evaluated.workdir)
     facts = [f"{evaluated.parameters:,} parameters"]
     if summary:
@@ -174,16 +183,16 @@ def _facts(evaluated: CheckpointEvaluation) -> str:
 
 
 def _headline(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> str:
-    """The accuracies of the three splits; of an unfinished run, of the one that was evaluated."""
+    """Makes a card for each split's accuracy; an unfinished run has only the evaluated one."""
     summary = _summary(evaluated.workdir)
     known = {name: summary.get(f"{name}_accuracy") for name in PAPER}
     known[evaluated.split] = content["accuracy"]
-    is_papers = summary.get("dataset") == "fashion_mnist"
+    is_fashion_mnist = summary.get("dataset") == "fashion_mnist"
     cards = []
     for name, accuracy in known.items():
         if accuracy is None:
             continue
-        paper = f"<small>the paper: {PAPER[name]:.1f}%</small>" if is_papers else ""
+        paper = f"<small>the paper: {PAPER[name]:.1f}%</small>" if is_fashion_mnist else ""
         cards.append(
             f'<div class="card"><span>{_text(name)}</span>'
             f"<strong>{accuracy:.2%}</strong>{paper}</div>"
@@ -192,6 +201,7 @@ def _headline(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> str:
 
 
 def _class_rows(content: dict[str, Any]) -> str:
+    """Makes the rows of the table of precision, recall and F1."""
     rows = []
     for row in content["per_class"]:
         scores = "".join(f"<td>{row[key]:.1%}</td>" for key in ("precision", "recall", "f1"))
@@ -200,7 +210,7 @@ def _class_rows(content: dict[str, Any]) -> str:
 
 
 def _picture(draw: Drawing, alt: str) -> str:
-    """A figure in both colours; the browser takes the one that fits."""
+    """Embeds a figure in both themes; the browser shows the one of the reader's colour scheme."""
     light, dark = (_data_uri(plots.png(draw(theme), 110)) for theme in (plots.LIGHT, plots.DARK))
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
@@ -209,6 +219,7 @@ def _picture(draw: Drawing, alt: str) -> str:
 
 
 def _tiles(evaluated: CheckpointEvaluation, chosen: np.ndarray) -> str:
+    """Embeds images of the split, each with its prediction."""
     if not len(chosen):
         return "<p>None.</p>"
     tiles = []

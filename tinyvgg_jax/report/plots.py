@@ -1,4 +1,4 @@
-"""The figures of a report, each as a function of arrays, in light or dark."""
+"""The figures of a report: functions from arrays to Matplotlib figures, in light or dark."""
 
 import dataclasses
 import io
@@ -14,14 +14,14 @@ from tinyvgg_jax.report.scores import Calibration
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of a figure.
+    """Colours of a figure, as hexadecimal strings.
 
     Attributes:
-        background: of the paper.
-        ink: of text.
-        faint: of grids and of what is beside the point.
-        first: of the main curve.
-        second: of the other.
+        background: colour of the background.
+        ink: colour of text.
+        faint: colour of grid lines and axes.
+        first: colour of the main curve.
+        second: colour of the second curve.
     """
 
     background: str
@@ -36,7 +36,7 @@ DARK = Theme("#1d1c1a", "#ece8e1", "#4a4641", "#f08a5d", "#7cc0dd")
 
 
 def png(figure: Figure, dpi: int = 140) -> bytes:
-    """A figure as the bytes of a PNG file."""
+    """Renders a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
@@ -57,23 +57,26 @@ def _style(axes: Axes, theme: Theme) -> None:
         label.set_color(theme.ink)
 
 
-def confusion(matrix: np.ndarray, class_names: tuple[str, ...], theme: Theme = LIGHT) -> Figure:
-    """The confusion matrix: counts, and the percentage of each row.
+def confusion_matrix(
+    matrix: np.ndarray, class_names: tuple[str, ...], theme: Theme = LIGHT
+) -> Figure:
+    """Draws a confusion matrix, with counts and percentages of the rows.
 
     Args:
-        matrix: `[C, C]` int, a row for each true class.
+        matrix: `[C, C]` int; a row for each true class, a column for each predicted class.
         class_names: C names.
         theme: the colours.
 
     Returns:
-        The figure.
+        The figure. With more than 20 classes it has colours only, since numbers would not fit.
     """
-    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    percentages = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = max(5.0, 1.6 + 0.62 * len(class_names))
     figure = _figure(side, side, theme)
     axes = figure.subplots()
-    colours = LinearSegmentedColormap.from_list("shares", [theme.background, theme.first])
-    axes.imshow(np.sqrt(shares), cmap=colours, vmin=0, vmax=10)
+    colours = LinearSegmentedColormap.from_list("percentages", [theme.background, theme.first])
+    # Square roots keep errors of a few percent visible beside the diagonal.
+    axes.imshow(np.sqrt(percentages), cmap=colours, vmin=0, vmax=10)
     _style(axes, theme)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -81,29 +84,41 @@ def confusion(matrix: np.ndarray, class_names: tuple[str, ...], theme: Theme = L
         range(len(class_names)), class_names, rotation=40, ha="right", rotation_mode="anchor"
     )
     axes.set_yticks(range(len(class_names)), class_names)
-    axes.set(xlabel="predicted", ylabel="true")
+    axes.set(xlabel="Predicted class", ylabel="True class")
     for (row, column), count in np.ndenumerate(matrix):
         if not count or len(class_names) > 20:
             continue
-        share = shares[row, column]
-        percent = f"{share:.0f}%" if share >= 1 else "<1%"
-        colour = theme.background if share > 35 else theme.ink
-        for text, shift, size in ((f"{count:,}", -0.14, 9.5), (percent, 0.22, 7.0)):
+        percentage = percentages[row, column]
+        label = f"{percentage:.0f}%" if percentage >= 1 else "<1%"
+        colour = theme.background if percentage > 35 else theme.ink
+        for text, shift, size in ((f"{count:,}", -0.14, 9.5), (label, 0.22, 7.0)):
             axes.text(
                 column, row + shift, text, ha="center", va="center", color=colour, fontsize=size
             )
     return figure
 
 
-def reliability(curve: Calibration, theme: Theme = LIGHT) -> Figure:
-    """The calibration curve above the number of images in each bin."""
+def calibration_curve(curve: Calibration, theme: Theme = LIGHT) -> Figure:
+    """Draws a calibration curve (reliability diagram) and the number of images in each bin.
+
+    Args:
+        curve: confidence, accuracy and number of images by bin of confidence.
+        theme: the colours.
+
+    Returns:
+        The figure.
+    """
     figure = _figure(5.4, 5.2, theme)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     filled = curve.counts > 0
     edges = 100 * np.linspace(0, 1, len(curve.counts) + 1)
-    upper.plot([0, 100], [0, 100], color=theme.second, linewidth=1, linestyle="--")
-    upper.annotate(
-        "as sure as right", (16, 20), color=theme.second, fontsize=9, rotation=38, ha="center"
+    upper.plot(
+        [0, 100],
+        [0, 100],
+        color=theme.second,
+        linewidth=1,
+        linestyle="--",
+        label="perfect calibration",
     )
     upper.plot(
         100 * curve.confidence[filled],
@@ -111,10 +126,12 @@ def reliability(curve: Calibration, theme: Theme = LIGHT) -> Figure:
         color=theme.first,
         marker="o",
         markersize=4,
+        label="this network",
     )
-    upper.set(ylabel="accuracy in %", ylim=(0, 102), xlim=(0, 100))
+    upper.legend(loc="upper left", frameon=False, labelcolor=theme.ink)
+    upper.set(ylabel="Accuracy (%)", ylim=(0, 102), xlim=(0, 100))
     lower.bar(edges[:-1], curve.counts, width=np.diff(edges) * 0.9, align="edge", color=theme.first)
-    lower.set(ylabel="images", xlabel="confidence (probability of the predicted class) in %")
+    lower.set(ylabel="Images", xlabel="Confidence: probability of the predicted class (%)")
     lower.set_yscale("symlog", linthresh=10)
     for axes in (upper, lower):
         _style(axes, theme)
@@ -122,7 +139,15 @@ def reliability(curve: Calibration, theme: Theme = LIGHT) -> Figure:
 
 
 def learning_curves(history: list[dict[str, Any]], theme: Theme = LIGHT) -> Figure:
-    """Accuracy and loss of train and validation by epoch, from the lines of `metrics.jsonl`."""
+    """Draws accuracy and loss on the train and validation splits by epoch.
+
+    Args:
+        history: one record for each epoch, as in `metrics.jsonl`.
+        theme: the colours.
+
+    Returns:
+        The figure.
+    """
     figure = _figure(5.4, 5.6, theme)
     epochs = [record["epoch"] for record in history]
     for axes, kind, scale in zip(
@@ -132,32 +157,33 @@ def learning_curves(history: list[dict[str, Any]], theme: Theme = LIGHT) -> Figu
             values = [scale * record[f"{split}_{kind}"] for record in history]
             axes.plot(epochs, values, color=colour, marker="o", markersize=3.5, label=split)
         _style(axes, theme)
-        axes.set(ylabel=f"{kind} in %" if scale == 100 else kind)
+        axes.set(ylabel="Accuracy (%)" if kind == "accuracy" else "Loss")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, labelcolor=theme.ink)
-    axes.set_xlabel("epoch", color=theme.ink)
+    axes.set_xlabel("Epoch", color=theme.ink)
     return figure
 
 
 def gallery(images: np.ndarray, captions: list[str], columns: int = 6) -> Figure:
-    """Images with a caption under each.
+    """Draws images in a grid, with a caption below each.
 
     Args:
-        images: `[N, H, W, C]` uint8.
-        captions: N of them, of two lines at most.
-        columns: images side by side.
+        images: `[N, H, W, C]` uint8; grey if C is 1, else RGB.
+        captions: N captions of at most two lines.
+        columns: number of images in a row.
 
     Returns:
-        The figure.
+        The figure; it says "none" if N is 0.
     """
     rows = max(1, -(-len(images) // columns))
     figure = _figure(1.75 * columns, 2.25 * rows, LIGHT)
     for axes in np.ravel(figure.subplots(rows, columns)):
-        axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     if not len(images):
         figure.axes[0].text(0.5, 0.5, "none", ha="center", color=LIGHT.ink)
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         grey = image.shape[2] == 1
         axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize=8, color=LIGHT.ink, y=-0.02, va="top")
+        axes.set_xlabel(caption, fontsize=8, color=LIGHT.ink)
     return figure

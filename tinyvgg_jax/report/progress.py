@@ -1,4 +1,4 @@
-"""Progress of a training: a bar or lines on standard error, and scalars for TensorBoard."""
+"""Progress of training: a bar or lines on standard error, and scalars for TensorBoard."""
 
 import sys
 import time
@@ -8,18 +8,28 @@ from tqdm import tqdm
 
 from tinyvgg_jax.step import StepSums
 
-# Seconds between two fetches of the device's figures, and between lines where there is no terminal.
-_LOOK_SECONDS = 0.5
+# Fetching sums waits for the device, so it happens at most this often.
+_FETCH_SECONDS = 0.5
+# Without a terminal, a log file gets a line this often.
 _LINE_SECONDS = 60.0
 
 
 class ProgressBar:
-    """The progress of one epoch on standard error: a bar on a terminal, lines elsewhere."""
+    """Progress of one epoch on standard error: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, epoch: int, num_epochs: int, first_step: int, steps: int, batch_size: int):
+        """Shows an epoch that begins or is resumed.
+
+        Args:
+            epoch: number of the epoch, counted from 1.
+            num_epochs: number of epochs of the run.
+            first_step: number of steps of the epoch that an earlier call has taken.
+            steps: number of steps of the epoch.
+            batch_size: number of images of a step.
+        """
         self._title = f"epoch {epoch}/{num_epochs}"
         self._batch_size = batch_size
-        self._start = self._last_look = self._last_line = time.monotonic()
+        self._start = self._last_fetch = self._last_line = time.monotonic()
         self._first_step, self._steps = first_step, steps
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -33,19 +43,19 @@ class ProgressBar:
         )
 
     def is_due(self) -> bool:
-        """Whether it is time to fetch figures from the device and call `show`."""
-        return time.monotonic() - self._last_look >= _LOOK_SECONDS
+        """Tells whether it is time to fetch the sums from the device and call `show`."""
+        return time.monotonic() - self._last_fetch >= _FETCH_SECONDS
 
     def show(self, step: int, sums: StepSums) -> None:
-        """Shows the epoch so far: its finished steps, mean loss and accuracy.
+        """Shows the number of finished steps, the mean loss and the accuracy.
 
         Args:
-            step: number of finished steps.
-            sums: over these steps, on the host; several runs' are stacked.
+            step: number of finished steps of the epoch.
+            sums: sums over these steps, on the host; several runs are stacked, and averaged here.
         """
         examples = sums.examples.sum()
         loss, accuracy = sums.loss.sum() / examples, sums.correct.sum() / examples
-        now = self._last_look = time.monotonic()
+        now = self._last_fetch = time.monotonic()
         if self._is_terminal:
             self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
             self._bar.update(step * self._batch_size - self._bar.n)
@@ -63,12 +73,17 @@ class ProgressBar:
         )
 
     def close(self) -> None:
-        """Takes the bar off the terminal."""
+        """Removes the bar from the terminal."""
         self._bar.close()
 
 
 def epoch_line(records: list[dict[str, Any]], num_epochs: int) -> str:
-    """One line on a finished epoch, from its records in metrics.jsonl: means, if several."""
+    """Formats the metrics of a finished epoch as one line.
+
+    Args:
+        records: the epoch's record in `metrics.jsonl`, of each run; several are averaged.
+        num_epochs: number of epochs of the run.
+    """
     record = {
         name: sum(one[name] for one in records) / len(records)
         for name, value in records[0].items()
@@ -85,7 +100,12 @@ def epoch_line(records: list[dict[str, Any]], num_epochs: int) -> str:
 
 
 def tensorboard_scalars(writer: Any, record: dict[str, Any]) -> None:
-    """Adds an epoch's record to a tensorboardX writer, in TensorBoard's two groups."""
+    """Writes an epoch's record for TensorBoard, which groups `loss/...` and `accuracy/...`.
+
+    Args:
+        writer: a `tensorboardX.SummaryWriter`.
+        record: the epoch's record in `metrics.jsonl`.
+    """
     for name, value in record.items():
         split, _, kind = name.partition("_")
         if split in ("train", "validation"):

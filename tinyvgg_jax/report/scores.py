@@ -1,9 +1,10 @@
-"""What predictions are worth: confusions, precision and recall, calibration, chance."""
+"""Scores of predictions: confusion matrix, precision, recall, F1, calibration, significance."""
 
 from typing import NamedTuple
 
 import numpy as np
 
+# As in Guo et al. (arXiv:1706.04599).
 _CALIBRATION_BINS = 15
 
 
@@ -12,45 +13,55 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int
 
     Args:
         labels: `[N]` int, true classes.
-        predicted: `[N]` int.
+        predicted: `[N]` int, predicted classes.
         num_classes: C.
 
     Returns:
-        `[C, C]` int; a row for each true class, a column for each predicted one.
+        `[C, C]` int; a row for each true class, a column for each predicted class.
     """
     counts = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
 
 def precision_recall_f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of each class, as scikit-learn defines them.
+    """Computes precision, recall and F1 of each class.
+
+    With TP the true positives of a class, FP its false positives and FN its false negatives,
+
+        precision = TP / (TP + FP)
+        recall    = TP / (TP + FN)
+        F1        = 2 * precision * recall / (precision + recall) = 2 * TP / (2 * TP + FP + FN)
 
     Args:
-        confusion: `[C, C]`, as from `confusion_matrix`.
+        confusion: `[C, C]` int, as from `confusion_matrix`.
 
     Returns:
-        Three arrays `[C]` of fractions; 0 where the denominator is.
+        Precision, recall and F1, each `[C]`, as fractions; 0 where the denominator is 0, as in
+        scikit-learn with `zero_division=0`.
     """
-    right = np.diagonal(confusion)
-    of_class, as_class = confusion.sum(axis=1), confusion.sum(axis=0)
+    true_positives = np.diagonal(confusion)
+    labelled, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
 
     def fraction(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         return numerator / np.maximum(denominator, 1)
 
     return (
-        fraction(right, as_class),
-        fraction(right, of_class),
-        fraction(2 * right, of_class + as_class),
+        fraction(true_positives, predicted),
+        fraction(true_positives, labelled),
+        fraction(2 * true_positives, labelled + predicted),
     )
 
 
 class Calibration(NamedTuple):
-    """Whether examples predicted with a confidence of 80 % are right four times in five.
+    """Mean confidence beside accuracy, in bins of the confidence.
+
+    The confidence of a prediction is the probability of the predicted class. A classifier is
+    calibrated if, say, 80 % of the predictions with a confidence of 80 % are correct.
 
     Attributes:
-        confidence: `[bins]`, mean probability of the predicted class in each bin; 0 in empty ones.
-        accuracy: `[bins]`, fraction of right predictions in each bin; likewise.
-        counts: `[bins]` int, examples in each bin.
+        confidence: `[bins]`, mean confidence in each bin; 0 in empty bins.
+        accuracy: `[bins]`, fraction of correct predictions in each bin; 0 in empty bins.
+        counts: `[bins]` int, number of examples in each bin.
     """
 
     confidence: np.ndarray
@@ -59,7 +70,12 @@ class Calibration(NamedTuple):
 
     @property
     def expected_error(self) -> float:
-        """The expected calibration error (Guo et al., arXiv:1706.04599), a fraction."""
+        """The expected calibration error (Guo et al., arXiv:1706.04599), a fraction.
+
+        With counts n_b over N examples in total, it is
+
+            sum over bins b of (n_b / N) * |accuracy_b - confidence_b|
+        """
         gaps = np.abs(self.confidence - self.accuracy)
         return float((gaps * self.counts).sum() / max(self.counts.sum(), 1))
 
@@ -67,52 +83,58 @@ class Calibration(NamedTuple):
 def calibration(
     probabilities: np.ndarray, labels: np.ndarray, bins: int = _CALIBRATION_BINS
 ) -> Calibration:
-    """Sorts examples by the probability of their predicted class into bins of equal width.
+    """Compares confidence and accuracy in bins of equal width.
 
     Args:
-        probabilities: `[N, C]`.
+        probabilities: `[N, C]`, each row summing to 1.
         labels: `[N]` int, true classes.
         bins: number of bins from 0 to 1; a bin includes its upper edge.
 
     Returns:
-        The bins.
+        Confidence, accuracy and number of examples of each bin.
     """
     confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
+    correct = probabilities.argmax(axis=1) == labels
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(bin_of, minlength=bins)
 
     def mean(values: np.ndarray) -> np.ndarray:
         return np.bincount(bin_of, weights=values, minlength=bins) / np.maximum(count, 1)
 
-    return Calibration(mean(confidence), mean(right), count)
+    return Calibration(mean(confidence), mean(correct), count)
 
 
 def accuracy_interval(correct: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy measured on so many examples, by Wilson's score.
+    """Computes the 95 % confidence interval of an accuracy by Wilson's score (1927).
 
-    It says how far another test set of the same kind could be off, not another seed.
+    With n predictions, p the fraction of them that is correct, and z = 1.96 (the 97.5 % quantile
+    of the normal distribution), the bounds are
+
+        (p + z**2 / (2 * n) +- z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
+
+    The interval covers the choice of test images, not the choice of a seed.
 
     Args:
-        correct: number of right predictions.
+        correct: number of correct predictions.
         count: number of predictions, at least 1.
 
     Returns:
-        Two fractions.
+        Lower and upper bound, as fractions.
     """
-    from scipy import stats  # A second to import, which a training need not wait for.
+    # SciPy takes a second to import, and training does not need it.
+    from scipy import stats
 
     interval = stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 class McNemar(NamedTuple):
-    """Two classifiers on the same examples.
+    """McNemar's test of two classifiers on the same examples.
 
     Attributes:
-        only_first: examples that only the first has right.
-        only_second: examples that only the second has right.
-        p_value: how often chance alone makes a difference as large, if both are equally good.
+        only_first: number of examples that only the first classifier predicts correctly.
+        only_second: number of examples that only the second classifier predicts correctly.
+        p_value: probability of a difference at least this large if both are equally good.
     """
 
     only_first: int
@@ -120,20 +142,26 @@ class McNemar(NamedTuple):
     p_value: float
 
 
-def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
-    """McNemar's test, exact (binomial) and two-sided.
+def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> McNemar:
+    """Runs McNemar's exact test (1947), two-sided.
+
+    Only examples count that exactly one of the classifiers predicts correctly: b of them the first,
+    c the second. If both are equally good, b follows the binomial distribution of n = b + c trials
+    with probability 1/2, so the p-value is
+
+        min(1, 2 * sum over k from 0 to min(b, c) of binomial(n, k) / 2**n)
 
     Args:
-        first_right: `[N]` bool, whether the first classifier has each example right.
-        second_right: `[N]` bool, the second, on the same examples.
+        first_correct: `[N]` bool, whether the first classifier predicts each example correctly.
+        second_correct: `[N]` bool, the same of the second classifier.
 
     Returns:
-        The test's result.
+        The test's result; its p-value is 1 if the classifiers never differ.
     """
     from scipy import stats
 
-    only_first = int((first_right & ~second_right).sum())
-    only_second = int((second_right & ~first_right).sum())
+    only_first = int((first_correct & ~second_correct).sum())
+    only_second = int((second_correct & ~first_correct).sum())
     differing = only_first + only_second
     p_value = stats.binomtest(only_first, differing).pvalue if differing else 1.0
     return McNemar(only_first, only_second, float(p_value))

@@ -5,33 +5,44 @@ from typing import Any
 
 import numpy as np
 
-# The paper's accuracies, in percent.
+# Accuracies that the paper reports for FashionMNIST, in percent.
 PAPER = {"train": 90.3, "validation": 89.7, "test": 89.5}
 
 
 def summary_table(summary: dict[str, Any], workdir: Path) -> str:
-    """The accuracies of a finished run, beside the paper's if they are of its dataset."""
-    is_papers = summary["dataset"] == "fashion_mnist"
+    """Formats the summary of a finished run, beside the paper's accuracies on FashionMNIST.
+
+    Args:
+        summary: as `train_and_evaluate` returns it, of a single seed or several.
+        workdir: the run's folder, to be named in the last line.
+    """
+    is_fashion_mnist = summary["dataset"] == "fashion_mnist"
     seeds, n = summary.get("seeds"), summary.get("num_seeds")
-    head = "split         accuracy    loss" + "      the paper" * is_papers
-    lines = [head + f"    of {n} seeds: std, 95 % interval of the mean" * bool(seeds)]
+    head = f"{'split':<12}{'accuracy':>10}{'loss':>8}"
+    head += f"{'the paper':>11}" if is_fashion_mnist else ""
+    lines = [head + (f"    {n} seeds: std, 95 % interval of the mean" if seeds else "")]
     for split, paper in PAPER.items():
-        accuracy, loss = summary[f"{split}_accuracy"], summary[f"{split}_loss"]
-        line = f"{split:<12}  {accuracy:>7.2%}    {loss:.4f}" + f"    {paper:.1f}%" * is_papers
+        line = f"{split:<12}{summary[f'{split}_accuracy']:>10.2%}{summary[f'{split}_loss']:>8.4f}"
+        line += f"{paper:>10.1f}%" if is_fashion_mnist else ""
         if seeds:
             found = seeds[f"{split}_accuracy"]
             low, high = found["interval"]
-            line += f"{'':<8} {found['std']:.2%}, {low:.2%} to {high:.2%}"
+            line += f"{'':<14}{found['std']:.2%}, {low:.2%} to {high:.2%}"
         lines.append(line)
     lines.append(
         f"{summary['parameters']:,} parameters, {summary['seconds']:,.0f} s of training on "
-        f"{summary['device']}; all in {workdir}"
+        f"{summary['device']}; everything is in {workdir}"
     )
     return "\n".join(lines)
 
 
 def evaluation_table(content: dict[str, Any], split: str) -> str:
-    """What `evaluation/SPLIT.json` says, as a table."""
+    """Formats the accuracy of each class and of the split.
+
+    Args:
+        content: as from `evaluation_content`.
+        split: the split's name.
+    """
     width = max(len(row["class"]) for row in content["per_class"])
     lines = [f"{'class':<{width}}  accuracy  correct    count"]
     for row in content["per_class"]:
@@ -51,7 +62,12 @@ def evaluation_table(content: dict[str, Any], split: str) -> str:
 
 
 def seeds_table(content: dict[str, Any], split: str) -> str:
-    """What `evaluation/SPLIT.json` of several seeds says."""
+    """Formats the evaluation of several seeds and of their ensemble.
+
+    Args:
+        content: as `evaluate_seeds` returns it for the folder of all seeds.
+        split: the split's name.
+    """
     lines = []
     for name, found in content["seeds"].items():
         show = "{:.4f}".format if name == "loss" else "{:.2%}".format
@@ -63,36 +79,45 @@ def seeds_table(content: dict[str, Any], split: str) -> str:
         )
     ensemble = content["ensemble"]
     lines.append(
-        f"{split} accuracy of their ensemble: {ensemble['accuracy']:.2%} "
+        f"{split} accuracy of the ensemble: {ensemble['accuracy']:.2%} "
         f"({ensemble['correct']:,} of {ensemble['count']:,})"
     )
     return "\n".join(lines)
 
 
 class PredictionTable:
-    """Predictions of picture files as lines of a table, which begin with its head."""
+    """Table of predictions of picture files, formatted line by line as they arrive."""
 
     def __init__(self, class_names: tuple[str, ...]):
+        """Makes an empty table.
+
+        Args:
+            class_names: the names of all classes.
+        """
         self._names = class_names
-        self._width = max(len(name) for name in class_names)
-        self._head = f"{'class':<{self._width}}         second guess{'':<{self._width}}  file\n"
+        # Six characters at least, so that the columns are as wide as their titles.
+        self._width = max(6, *(len(name) for name in class_names))
+        # A probability adds seven characters to a class name.
+        column = self._width + 7
+        self._head = f"{'prediction':<{column}}  {'second choice':<{column}}  file\n"
 
     def row(self, path: str, probabilities: np.ndarray, inverted: bool) -> str:
-        """One picture's line.
+        """Formats the line of one picture.
 
         Args:
             path: the file.
-            probabilities: `[num_classes]`.
-            inverted: whether it was inverted, which the line says.
+            probabilities: `[num_classes]`, as fractions.
+            inverted: whether the picture was inverted; the line says so.
 
         Returns:
-            The line, after the table's head if it is the first.
+            The line, with the head of the table before the first one.
         """
         head, self._head = self._head, ""
-        guesses = [
+        cells = [
             f"{self._names[label]:<{self._width}} {probabilities[label]:>6.1%}"
             for label in np.argsort(-probabilities, kind="stable")[:2]
         ]
-        # The path comes last: its length is anybody's guess. It may even have a line's end in it.
+        # The path comes last because it may be long. It may even hold a line break, so characters
+        # that cannot be printed are escaped.
         path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
-        return head + "  ".join([*guesses, path + "  (inverted)" * inverted])
+        return head + "  ".join([*cells, path + "  (inverted)" * inverted])

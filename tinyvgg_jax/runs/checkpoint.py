@@ -1,22 +1,20 @@
-"""Checkpoints: written by Orbax, checked by a digest of their own, the newest intact one used.
+"""Checkpoints: Orbax writes them, a SHA-256 verifies them, and the newest intact one is restored.
 
-A checkpoint is three items: `params`, which restore alone; `opt_state`; and `progress`, JSON
-with all else that a run needs to go on, and with the SHA-256 of the two others, because bytes
-that flip on a disk restore without an error.
+A checkpoint has three items: `params`, which can be restored alone; `opt_state`; and `progress`, a
+JSON object with everything else that a run needs to continue, and with the SHA-256 digests of all
+three. The digests are there because Orbax restores bytes that flipped on a disk without an error.
 
-Only what is proven to be damaged is moved away: a digest that does not match, or files that do not
-restore although all of them can be read and a fresh checkpoint restores on this machine. Anything
-else, like a permission that is missing or another dtype, is an error that moves nothing.
+A checkpoint is moved away only if it is proven to be damaged: its digest does not match, or its
+files do not restore although all of them can be read and a fresh checkpoint does restore on this
+machine. Any other failure, like a missing permission or another dtype, raises an error and moves
+nothing.
 """
 
 import contextlib
 import copy
-import hashlib
 import json
 import logging
 import operator
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,20 +27,32 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.runs.integrity import (
+    DamagedError,
+    Layout,
+    check_layout,
+    digest,
+    digest_json,
+    layout_of,
+    plain_path,
+    read_all_files,
+)
 
 logger = logging.getLogger(__name__)
 
 _METRIC = "validation_accuracy"
-# Orbax takes the folder's path for a pattern of names and encodes it as UTF-8, so that it loses
-# files under a path with brackets or with characters that the locale cannot spell.
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._ +,=@%-]*")
-# Linux gives every open folder a second path here.
-_OPEN_FOLDERS = Path("/proc/self/fd")
 _LATEST_KEPT = 2
 
 
 class Restored(NamedTuple):
-    """A checkpoint's content; `opt_state` is None where it was not asked for."""
+    """The content of a checkpoint.
+
+    Attributes:
+        step: number of optimizer steps taken.
+        params: tree of arrays.
+        opt_state: tree of arrays; None if only the parameters were restored.
+        progress: what `Checkpoints.save` was given.
+    """
 
     step: int
     params: Any
@@ -50,33 +60,30 @@ class Restored(NamedTuple):
     progress: dict[str, Any]
 
 
-class _DamagedError(Exception):
-    """The content of a checkpoint is not what was saved."""
-
-
 class Checkpoints:
-    """The checkpoints of one run: the latest two and the best by validation accuracy.
+    """The checkpoints of one run: the latest two, and the best by validation accuracy.
 
-    A context manager; leaving it waits until the last save is on disk.
+    An instance is a context manager; its exit waits until the last save is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
         """Opens a folder of checkpoints.
 
         Args:
-            folder: is made if it does not exist.
-            read_only: to restore only; nothing is written or moved.
+            folder: the folder; it is created if it does not exist.
+            read_only: whether to restore only; then nothing is written or moved.
 
         Raises:
             UserError: if the folder cannot be opened.
         """
         self._folder = folder.absolute()
         self._read_only = read_only
-        # Saved and read back once, so that what cannot be restored is known after one save.
+        # The first save is read back at once, so that a run that cannot be restored stops early.
         self._read_back = False
-        # A missing device is no fault of the checkpoints, so its error must not pass for one.
+        # JAX finds its devices here, so that a missing device is not reported as a fault of the
+        # checkpoints below.
         jax.local_devices()
-        self._refuse_unreadable_metrics()
+        self._check_metrics()
         policy = AnyPreservationPolicy(
             [
                 LatestN(_LATEST_KEPT),
@@ -87,7 +94,7 @@ class Checkpoints:
         try:
             if not read_only:
                 self._folder.mkdir(parents=True, exist_ok=True)
-            self._orbax_folder = self._resources.enter_context(_plain_path(self._folder))
+            self._orbax_folder = self._resources.enter_context(plain_path(self._folder))
             with _without_advice():
                 options = ocp.CheckpointManagerOptions(
                     preservation_policy=policy,
@@ -99,7 +106,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            # Orbax lets whatever its JSON parser and the file system raise through.
+            # Orbax passes on any exception of its JSON parser and of the file system.
             self._resources.close()
             raise UserError(
                 f"cannot open the checkpoints in {folder}: {_first_line(error)}"
@@ -113,7 +120,7 @@ class Checkpoints:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending."""
+        """Lists the steps that have a checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(
@@ -124,35 +131,35 @@ class Checkpoints:
         progress: dict[str, Any],
         validation_accuracy: float | None,
     ) -> None:
-        """Starts saving; the arguments may be donated as soon as this returns.
+        """Starts to save a checkpoint; the arrays may be donated as soon as this returns.
 
         Args:
             step: number of optimizer steps taken.
             params: tree of arrays.
             opt_state: tree of arrays.
-            progress: JSON-serialisable; what else the run needs to go on.
-            validation_accuracy: a fraction; None for a checkpoint within an epoch.
+            progress: what else the run needs to continue, JSON-serialisable.
+            validation_accuracy: a fraction; None for a checkpoint in the middle of an epoch.
 
         Raises:
-            UserError: if it, or the save before it, could not be written.
+            UserError: if this checkpoint, or the one before it, could not be written.
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
         free = shutil.disk_usage(self._folder).free
-        # With what Orbax adds; and before it is half done.
+        # Twice the size leaves room for Orbax's metadata; checked before a partial write.
         if free < 2 * size:
             raise UserError(
                 f"cannot save a checkpoint in {self._folder}: {free / 1e6:,.0f} MB free, "
                 f"{2 * size / 1e6:,.0f} MB needed. What was saved before is kept."
             )
         arrays = {"params": params, "opt_state": opt_state}
-        # A copy, because it is written later, when the caller's lists have grown already.
+        # Orbax writes in the background, when the caller may have appended to its lists already.
         progress = {
             **copy.deepcopy(progress),
-            "shapes": {path: shape for path, (shape, _) in _layout(params).items()},
-            "arrays": {name: _layout(tree) for name, tree in arrays.items()},
+            "shapes": {path: shape for path, (shape, _) in layout_of(params).items()},
+            "arrays": {name: layout_of(tree) for name, tree in arrays.items()},
         }
         digests = {name: digest(tree) for name, tree in arrays.items()}
-        digests["progress"] = _digest_json(progress)
+        digests["progress"] = digest_json(progress)
         metrics = None if validation_accuracy is None else {_METRIC: float(validation_accuracy)}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -173,17 +180,18 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore_newest(self, params: Any, opt_state: Any) -> Restored | None:
-        """Restores the newest intact checkpoint and sets damaged newer ones aside.
+        """Restores the newest intact checkpoint and moves damaged newer ones away.
 
         Args:
             params: tree of `jax.ShapeDtypeStruct`.
-            opt_state: likewise.
+            opt_state: tree of `jax.ShapeDtypeStruct`.
 
         Returns:
-            The checkpoint; None if there is none.
+            The checkpoint; None if none was ever saved.
 
         Raises:
-            UserError: if there were checkpoints, and all of them are damaged.
+            UserError: if all checkpoints are damaged, or the newest one does not fit `params` and
+                `opt_state`.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -200,18 +208,19 @@ class Checkpoints:
         return None
 
     def restore_params(self, step: int | str, params: Any) -> Restored:
-        """Restores parameters alone.
+        """Restores the parameters without the optimizer state.
 
         Args:
-            step: a number of steps, "latest", or "best" (by validation accuracy). If one of the
-                two last named is damaged, the next latest or next best is taken, with a warning.
+            step: number of optimizer steps, "latest", or "best" (by validation accuracy). If the
+                latest or the best checkpoint is damaged, a warning is logged and the next one is
+                restored.
             params: tree of `jax.ShapeDtypeStruct`.
 
         Returns:
-            The checkpoint without optimizer state.
+            The checkpoint; its `opt_state` is None.
 
         Raises:
-            UserError: if there is no such checkpoint, or none of its kind is intact.
+            UserError: if there is no such checkpoint, or it is damaged.
         """
         steps = self.steps()
         if not steps:
@@ -236,85 +245,70 @@ class Checkpoints:
         raise UserError(f"the checkpoint of step {candidates[0]} in {self._folder} is damaged.")
 
     def _restore_if_intact(self, step: int, params: Any, opt_state: Any) -> Restored | None:
+        """Restores a checkpoint; None if it is damaged."""
         wanted = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
         try:
             return self._restore(step, wanted)
         except UserError:
             raise
         except Exception as error:
-            # A damaged file shows as one of a dozen exception types, plain Exception included.
-            if not isinstance(error, _DamagedError):
+            # A damaged file raises one of a dozen exception types, plain Exception included.
+            if not isinstance(error, DamagedError):
                 self._require_damage(step, wanted, error)
             logger.warning("The checkpoint of step %d is damaged: %s", step, self._reason(error))
             return None
 
     def _restore(self, step: int, wanted: dict[str, Any]) -> Restored:
-        """Restores the items that are wanted, and compares them with their digests."""
+        """Restores items of a checkpoint and compares them with their digests.
+
+        Args:
+            step: number of optimizer steps.
+            wanted: trees of `jax.ShapeDtypeStruct` by the items' names; "params" is one of them.
+
+        Raises:
+            DamagedError: if a digest does not match.
+            UserError: if the checkpoint holds other arrays.
+        """
         stored = self._manager.restore(
             step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
         )
         progress = dict(stored["progress"])
         digests = progress.pop("digests")
-        if digests["progress"] != _digest_json(progress):
-            raise _DamagedError("its content does not match its digest")
-        self._refuse_other_arrays(step, wanted, progress)
-        items = {name: ocp.args.StandardRestore(_on_device(tree)) for name, tree in wanted.items()}
+        if digests["progress"] != digest_json(progress):
+            raise DamagedError("its content does not match its digest")
+        for name, tree in wanted.items():
+            # Earlier versions recorded no layout; Orbax's own is not covered by a digest.
+            stored_layout = progress.get("arrays", {}).get(name) or self._orbax_layout(step, name)
+            check_layout(self._name(step), name, layout_of(tree), stored_layout)
+        items = {
+            name: ocp.args.StandardRestore(_on_first_device(tree)) for name, tree in wanted.items()
+        }
         content = self._manager.restore(step, args=ocp.args.Composite(**items))
         if any(digest(content[name]) != digests[name] for name in wanted):
-            raise _DamagedError("its content does not match its digest")
+            raise DamagedError("its content does not match its digest")
         for name in ("shapes", "arrays"):
             progress.pop(name, None)
         return Restored(step, content["params"], content.get("opt_state"), progress)
 
-    def _refuse_other_arrays(
-        self, step: int, wanted: dict[str, Any], progress: dict[str, Any]
-    ) -> None:
-        """Raises a UserError if a checkpoint has other arrays than are wanted, or other dtypes.
+    def _name(self, step: int) -> str:
+        return f"the checkpoint of step {step} in {self._folder}"
 
-        Orbax would convert another dtype silently, so that the digest would not match.
-        """
-        where = f"the checkpoint of step {step} in {self._folder}"
-        for name, tree in wanted.items():
-            layout = _layout(tree)
-            # Earlier runs have no record of their own; Orbax's is not under a digest.
-            found = progress.get("arrays", {}).get(name) or self._recorded_by_orbax(step, name)
-            shapes = {path: shape for path, (shape, _) in found.items()}
-            for path in sorted({*shapes, *layout}):
-                here, there = layout.get(path, [None])[0], shapes.get(path)
-                if here == there:
-                    continue
-                if name == "params":
-                    raise UserError(
-                        f"{where} is of another network than config.json says: {path} is {there} "
-                        f"there, not {here}."
-                    )
-                raise UserError(
-                    f"{where} has another optimizer state than this version makes: {path} is "
-                    f"{there} there, not {here}. Go on with the versions of the packages that "
-                    "began the run, or evaluate it as it is."
-                )
-            for path, (_, dtype) in found.items():
-                if dtype != layout[path][1]:
-                    raise UserError(
-                        f"{where} has {path} in {dtype}, but this process would make it "
-                        f"{layout[path][1]}. Is JAX_ENABLE_X64 set otherwise than for the run?"
-                    )
-
-    def _recorded_by_orbax(self, step: int, name: str) -> dict[str, list[Any]]:
+    def _orbax_layout(self, step: int, name: str) -> Layout:
+        """Reads the layout of an item from Orbax's metadata."""
         with _without_advice(), ocp.StandardCheckpointer() as checkpointer:
-            return _layout(
+            return layout_of(
                 checkpointer.metadata(self._orbax_folder / str(step) / name).item_metadata
             )
 
     def _require_damage(self, step: int, wanted: dict[str, Any], error: Exception) -> None:
-        """Raises a UserError unless files that did not restore must be damaged.
+        """Raises a UserError unless damage is the only explanation for a failed restore.
 
-        They must be if each of them can be read to its end, and if other arrays of the same shapes
-        can be saved and restored in this process.
+        That is so if every file of the checkpoint can be read to its end, and if this process can
+        save and restore other arrays of the same shapes and dtypes.
         """
-        where = f"the checkpoint of step {step} in {self._folder}"
+        where = self._name(step)
         try:
-            _read_all(self._folder / str(step))
+            read_all_files(self._folder / str(step))
         except OSError as unreadable:
             raise UserError(
                 f"{where} cannot be read, and is left as it is: {unreadable.filename}: "
@@ -329,6 +323,7 @@ class Checkpoints:
             ) from error
 
     def _validation_accuracy(self, step: int) -> float:
+        """Reads a checkpoint's validation accuracy; -1 if it has none."""
         try:
             metrics = json.loads(
                 _metrics_file(self._folder / str(step)).read_text(encoding="utf-8")
@@ -338,12 +333,16 @@ class Checkpoints:
             return -1.0
 
     def _quarantine(self, step: int) -> None:
-        """Moves a damaged checkpoint out of the way: Orbax saves no step that it has already."""
+        """Moves a damaged checkpoint away, because Orbax refuses to save a step that exists."""
         _quarantine_folder(self._folder / str(step))
         self._manager.reload()
 
-    def _refuse_unreadable_metrics(self) -> None:
-        """Moves away checkpoints with damaged metrics, because Orbax opens no folder with one."""
+    def _check_metrics(self) -> None:
+        """Moves checkpoints with damaged metrics away, because Orbax cannot open their folder.
+
+        Raises:
+            UserError: if metrics cannot be read, or are damaged and nothing may be moved.
+        """
         for folder in self._folder.glob("[0-9]*"):
             file = _metrics_file(folder)
             try:
@@ -359,98 +358,45 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _as_user_error(self, what: str) -> Iterator[None]:
+        """Turns any exception into a UserError that begins with what failed."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
-            # A full disk reaches us as OSError, ValueError or a bare Exception from tensorstore.
+            # TensorStore reports a full disk as OSError, ValueError or a bare Exception.
             raise UserError(f"{what} in {self._folder}: {self._reason(error)}") from error
 
     def _reason(self, error: BaseException) -> str:
+        """Shortens an error to one line, with the folder's own path instead of Orbax's."""
         return _first_line(error).replace(str(self._orbax_folder), str(self._folder))
 
 
-@contextlib.contextmanager
-def _plain_path(folder: Path) -> Iterator[Path]:
-    """A path to an existing folder that Orbax can use, for as long as the context lasts.
+def _round_trip(wanted: dict[str, Any]) -> None:
+    """Saves and restores zeros of the given shapes and dtypes, in a scratch folder.
+
+    Args:
+        wanted: tree of `jax.ShapeDtypeStruct`.
 
     Raises:
-        UserError: if the folder's own path is not plain, and the system gives it no other.
+        Exception: if that fails, of any type.
     """
-    if _PLAIN_PATH.fullmatch(str(folder)):
-        yield folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        path = _OPEN_FOLDERS / str(descriptor)
-        if not path.is_dir():
-            raise UserError(
-                f"Orbax cannot keep checkpoints in {folder}, because of the characters in its "
-                "path. Pass a --workdir with plain letters, digits, dots and dashes."
-            )
-        yield path
-    finally:
-        os.close(descriptor)
-
-
-def _read_all(folder: Path) -> None:
-    """Reads every file below a folder, or raises the OSError that stands in the way."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    for where, _, names in os.walk(folder, onerror=stop):
-        for name in names:
-            with (Path(where) / name).open("rb") as file:
-                while file.read(1 << 20):
-                    pass
-
-
-def _round_trip(wanted: dict[str, Any]) -> None:
-    """Saves and restores arrays of zeros of the shapes and dtypes that are wanted."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), wanted)
     with tempfile.TemporaryDirectory() as scratch, ocp.StandardCheckpointer() as checkpointer:
         path = Path(scratch) / "checkpoint"
         checkpointer.save(path, zeros)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(path, _on_device(wanted))
+        restored = checkpointer.restore(path, _on_first_device(wanted))
         if digest(restored) != digest(zeros):
-            raise _DamagedError("zeros did not come back as zeros")
+            raise DamagedError("zeros did not come back as zeros")
 
 
-def digest(tree: Any) -> str:
-    """The SHA-256 of a tree of arrays: of paths, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]:
-        array = np.ascontiguousarray(leaf)
-        header = [jax.tree_util.keystr(path), str(array.dtype), list(array.shape)]
-        sha.update(json.dumps(header).encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
-
-
-def _digest_json(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _on_device(tree: Any) -> Any:
+def _on_first_device(tree: Any) -> Any:
+    """Tells Orbax to restore a tree of `jax.ShapeDtypeStruct` onto the first device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
     )
-
-
-def _layout(tree: Any) -> dict[str, list[Any]]:
-    """Shape and dtype of each array by its path, like `{"a/b": [[2, 3], "int32"]}`."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [
-            list(leaf.shape),
-            str(np.dtype(leaf.dtype)),
-        ]
-        for path, leaf in leaves
-    }
 
 
 def _accuracy(metrics: Any) -> float:
@@ -466,6 +412,7 @@ def _damaged_folder(folder: Path) -> Path:
 
 
 def _quarantine_folder(step_folder: Path) -> None:
+    """Moves a checkpoint's folder to `checkpoints.damaged`, so that nothing is lost."""
     damaged = _damaged_folder(step_folder.parent)
     damaged.mkdir(exist_ok=True)
     target = damaged / step_folder.name
@@ -476,7 +423,7 @@ def _quarantine_folder(step_folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """Orbax warns of what follows from `read_only`, which is what was asked for."""
+    """Silences Orbax's warnings about the consequences of `read_only`, which is intended here."""
     library = logging.getLogger("absl")
     before = library.level
     library.setLevel(max(logging.ERROR, library.getEffectiveLevel()))

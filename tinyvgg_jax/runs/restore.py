@@ -1,4 +1,4 @@
-"""What the folder of a run holds for others: its config, its dataset's facts, its network."""
+"""Reading a run's folder: its config, its dataset's info, and its trained network."""
 
 import json
 import operator
@@ -10,18 +10,25 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.runs.checkpoint import Checkpoints, Restored
 from tinyvgg_jax.data import DatasetInfo
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.runs.checkpoint import Checkpoints, Restored
 
 
 def build_model(config: ConfigDict, info: DatasetInfo) -> TinyVGG:
-    """The network that a config describes, for a dataset.
+    """Builds the network of a config.
+
+    Args:
+        config: the run's config.
+        info: the dataset's image shape and class names.
+
+    Returns:
+        The module, without parameters.
 
     Raises:
-        UserError: if the images are too small for its blocks.
+        UserError: if the images are too small for the number of blocks.
     """
     smallest = 2 ** len(config.model.widths)
     if min(info.image_shape[:2]) < smallest:
@@ -42,25 +49,29 @@ def build_model(config: ConfigDict, info: DatasetInfo) -> TinyVGG:
 
 
 def abstract_params(model: TinyVGG, image_shape: tuple[int, int, int]) -> Any:
-    """Shapes and dtypes of the model's parameters, without computing any."""
+    """Lists the shapes and dtypes of a network's parameters without computing them.
+
+    Returns:
+        Tree of `jax.ShapeDtypeStruct`.
+    """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
 
 def restore(workdir: str | Path, step: int | str = "best") -> tuple[TinyVGG, Any]:
-    """Restores a trained network from a run's folder; needs no dataset.
+    """Restores a trained network from a run's folder; no dataset is needed.
 
     Args:
         workdir: the folder that `train_and_evaluate` wrote.
-        step: a number of optimizer steps that has a checkpoint, "best" (by validation
-            accuracy) or "latest".
+        step: the number of optimizer steps of a checkpoint, "best" (by validation accuracy), or
+            "latest".
 
     Returns:
         `(model, params)`, ready for `model.apply({"params": params}, images)` with images
         `[B, H, W, C]` in [0, 1].
 
     Raises:
-        UserError: if there is no run, no such checkpoint, or it is damaged.
+        UserError: if the folder holds no run or no such checkpoint, or the checkpoint is damaged.
     """
     workdir = local_path(workdir)
     config = single_run_config(workdir)
@@ -69,12 +80,16 @@ def restore(workdir: str | Path, step: int | str = "best") -> tuple[TinyVGG, Any
 
 
 def run_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a folder."""
+    """Reads the config of the run in a folder."""
     return config_lib.from_file(workdir / "config.json")
 
 
 def single_run_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a folder, which must be one of a single seed."""
+    """Reads the config of the run in a folder.
+
+    Raises:
+        UserError: if the folder holds runs of several seeds, or no run.
+    """
     config = run_config(workdir)
     if config.num_seeds > 1:
         raise UserError(
@@ -85,7 +100,11 @@ def single_run_config(workdir: Path) -> ConfigDict:
 
 
 def run_info(workdir: Path) -> DatasetInfo:
-    """What the run in a folder knew of its dataset."""
+    """Reads the image shape and class names of a run's dataset from `dataset.json`.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
     try:
         content = json.loads((workdir / "dataset.json").read_text(encoding="utf-8"))
         height, width, channels = (operator.index(n) for n in content["image_shape"])
@@ -97,6 +116,20 @@ def run_info(workdir: Path) -> DatasetInfo:
 def restore_checkpoint(
     workdir: Path, config: ConfigDict, info: DatasetInfo, step: int | str
 ) -> tuple[TinyVGG, Restored]:
+    """Builds the network of a run and restores its parameters.
+
+    Args:
+        workdir: the run's folder.
+        config: the run's config.
+        info: the dataset's image shape and class names.
+        step: as in `restore`.
+
+    Returns:
+        The network, and the checkpoint without optimizer state.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it is damaged.
+    """
     model = build_model(config, info)
     folder = workdir / "checkpoints"
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Several runs that differ in their seeds only: their folders, and what they have in common."""
+"""Runs that differ in their seeds only: their configs and folders, and their statistics."""
 
 import statistics
 from pathlib import Path
@@ -11,7 +11,14 @@ from tinyvgg_jax.errors import UserError
 
 
 def members(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The folder's name and the config of each of a config's runs; it is a run like any other."""
+    """Makes the config of each seed's run, by the name of its folder.
+
+    Args:
+        config: a config with `num_seeds` of 1 or more.
+
+    Returns:
+        For seeds `seed` to `seed + num_seeds - 1`, `{"seed_N": config with num_seeds = 1}`.
+    """
     result = {}
     for seed in range(config.seed, config.seed + config.num_seeds):
         one = ConfigDict(config.to_dict())
@@ -21,10 +28,10 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def folders(workdir: Path, config: ConfigDict) -> list[Path]:
-    """The folders of a run's seeds, or the run's own if it has only one.
+    """Lists the folders of a run's seeds; a run of a single seed is its own folder.
 
     Raises:
-        UserError: if some of them are not there yet.
+        UserError: if the training of some seeds has not begun.
     """
     if config.num_seeds == 1:
         return [workdir]
@@ -39,14 +46,18 @@ def folders(workdir: Path, config: ConfigDict) -> list[Path]:
 
 
 def statistics_of(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation, 95 % interval of the mean (Student's t), n and the values.
+    """Computes the mean, standard deviation and 95 % confidence interval of the mean.
+
+    With n values of mean m and sample standard deviation s, where s**2 = sum((x - m)**2) / (n - 1),
+    the interval is m +- t * s / sqrt(n). Here t is the 97.5 % quantile of Student's t distribution
+    with n - 1 degrees of freedom.
 
     Args:
-        values: one for each seed.
+        values: one number for each seed.
 
     Returns:
-        `mean`, `std` (of the sample), `interval` (two numbers), `n`, `values`; of a single value
-        std and interval are None.
+        `mean`, `std`, `interval` (lower and upper bound), `n` and `values`. For a single value,
+        `std` and `interval` are None.
     """
     n, mean = len(values), statistics.fmean(values)
     content: dict[str, Any] = {"mean": mean, "std": None, "interval": None, "n": n}
@@ -60,11 +71,15 @@ def statistics_of(values: list[float]) -> dict[str, Any]:
 
 
 def summarise(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of several runs from each one's.
+    """Summarises the runs of several seeds.
+
+    Args:
+        summaries: the summary of each run, as `train_and_evaluate` returns it.
 
     Returns:
-        What is the same in all of them; of the accuracies and losses the mean, as in a run's
-        own; under `seeds` their `statistics_of`; and the sum of the seconds.
+        The mean of each accuracy and loss, under the same key as in a single run's summary; the
+        sum of `seconds`; `num_seeds`; under `seeds`, the result of `statistics_of` for each
+        accuracy and loss; and the first run's values of all other keys, which all runs share.
     """
     first = summaries[0]
     measured = [name for name in first if name.endswith(("_accuracy", "_loss"))]
