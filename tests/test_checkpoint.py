@@ -148,7 +148,10 @@ DAMAGES: list[Callable[[Path], Any]] = [
     lambda folder: data_file(folder / "progress").write_bytes(
         data_file(folder / "progress").read_bytes().replace(b'"note": 2', b'"note": 3')
     ),
-    lambda folder: (folder / "metrics" / "metrics").write_bytes(b"{"),
+    *(
+        lambda folder, content=content: (folder / "metrics" / "metrics").write_bytes(content)
+        for content in (b"{", b"[]", b"{}", b'{"validation_accuracy": "x"}')
+    ),
 ]
 
 
@@ -294,6 +297,44 @@ def test_where_not_even_a_fresh_checkpoint_restores_none_is_called_damaged(
 
 def test_a_fresh_checkpoint_does_restore_here() -> None:
     checkpoint._round_trip({"params": ABSTRACT[0], "opt_state": ABSTRACT[1]})
+
+
+def test_a_read_error_that_passes_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: 0.5, 2: 0.6})
+    original = Checkpoints._restore
+    failed: list[bool] = []
+
+    def fail_once(checkpoints: Any, *arguments: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise OSError(errno.EIO, "Input/output error")
+        return original(checkpoints, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_restore", fail_once)
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore_newest(*ABSTRACT)
+    assert failed and restored is not None and restored.step == 2
+    assert not (tmp_path / "checkpoints.damaged").exists()
+
+
+def test_what_was_moved_before_is_not_overwritten(tmp_path: Path) -> None:
+    folder, damaged = tmp_path / "checkpoints", tmp_path / "checkpoints.damaged"
+    for accuracies in ({1: 0.5, 2: 0.6}, {2: 0.6}):
+        fill(folder, dict(accuracies))
+        flip_byte(folder / "2")
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.restore_newest(*ABSTRACT)
+    assert sorted(path.name for path in damaged.iterdir()) == ["2", "2.2"]
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    fill(tmp_path / "c", {1: 0.5})
+    (tmp_path / "c" / "2").write_text("")
+    with pytest.raises(UserError, match=r"c/2 is in the way of a checkpoint"):
+        Checkpoints(tmp_path / "c")
 
 
 def test_flipped_bytes_do_restore_without_our_digest(tmp_path: Path) -> None:

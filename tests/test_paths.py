@@ -100,6 +100,37 @@ def test_a_locale_without_the_letters_of_a_path_harms_nothing(
     )
 
 
+@pytest.mark.parametrize("name", ["q'\"$a$b", os.fsdecode(b"lat\xe9")])
+def test_a_terminal_without_the_letters_of_a_path_harms_nothing(
+    trained: Trained, tmp_path: Path, command_line: CommandLine, name: str
+) -> None:
+    workdir = tmp_path / name
+    shutil.copytree(trained[0], workdir)
+    strict = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    for arguments in (
+        ["--mode=eval", f"--workdir={workdir}"],
+        ["--mode=compare", workdir, trained[0], f"--output={tmp_path / 'plot.png'}"],
+        ["--mode=explain", f"--workdir={workdir}", "tests/pictures/t-shirt.jpg"],
+    ):
+        done = command_line(*arguments, env=strict)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_a_flag_file_may_name_a_recipe_and_must_be_text(
+    tmp_path: Path, command_line: CommandLine
+) -> None:
+    (tmp_path / "flags").write_text("--config=quik\n")
+    done = command_line(f"--flagfile={tmp_path / 'flags'}")
+    assert done.returncode == 2
+    assert "did you mean 'quick'?" in done.stderr
+    (tmp_path / "flags").write_bytes(b"\xff\xfe\n")
+    done = command_line(f"--flagfile={tmp_path / 'flags'}")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_under_x64_a_run_is_evaluated_and_resumed_as_ever(
     trained: Trained, tmp_path: Path, command_line: CommandLine
 ) -> None:
@@ -215,6 +246,8 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Path, "home", home)
     monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "gs://bucket/cache")
     assert cache_dir() is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache_dir() == Path("/somewhere/tinyvgg_jax")

@@ -20,10 +20,10 @@ def cache_dir() -> Path | None:
     None for a user without a home folder. The folder is not made, and nobody can rely on being
     allowed to make it: what is kept here must be optional.
     """
-    root = os.environ.get("XDG_CACHE_HOME")
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        # A relative folder would be another one for each current folder.
-        return (Path(root).absolute() if root else Path.home() / ".cache") / "tinyvgg_jax"
+        # The standard says to ignore a relative path, as an address like gs://... is one, too.
+        return (root if root.is_absolute() else Path.home() / ".cache") / "tinyvgg_jax"
     except RuntimeError:
         return None
 

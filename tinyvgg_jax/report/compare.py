@@ -6,6 +6,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -219,6 +220,8 @@ def _test_line(first: ComparedRun, second: ComparedRun, test: McNemar | Welch | 
     )
 
 
+# A dollar sign in a name does not begin a formula.
+@matplotlib.rc_context({"text.parse_math": False})
 def draw_comparison(comparison: Comparison) -> Figure:
     """Draws the accuracy of each run with its confidence interval."""
     runs = comparison.runs
@@ -249,7 +252,9 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 def _axis_label(run: ComparedRun, longest: int = 32) -> str:
     """Names a run and its size in two lines; a long name loses its beginning."""
-    name = run.name if len(run.name) <= longest else "..." + run.name[-longest + 3 :]
+    # A file name may hold bytes that are no text, which matplotlib cannot draw.
+    name = run.name.encode(errors="replace").decode()
+    name = name if len(name) <= longest else "..." + name[-longest + 3 :]
     seeds = f", {len(run.accuracies)} seeds" if len(run.accuracies) > 1 else ""
     return f"{name}\n{run.parameters:,} parameters{seeds}"
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from jax import Array
 from matplotlib.figure import Figure, SubFigure
@@ -132,6 +133,8 @@ def explain_file(
     return target
 
 
+# A dollar sign in a class name does not begin a formula.
+@matplotlib.rc_context({"text.parse_math": False})
 def draw(explanation: Explanation, class_names: tuple[str, ...]) -> Figure:
     """Draws an explanation as one figure.
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -164,6 +165,7 @@ def learning_curves(history: list[dict[str, Any]], theme: Theme = LIGHT) -> Figu
     return figure
 
 
+@matplotlib.rc_context({"text.parse_math": False})
 def gallery(images: np.ndarray, captions: list[str], columns: int = 6) -> Figure:
     """Draws images in a grid, with a caption below each.
 

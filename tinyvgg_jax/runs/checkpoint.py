@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.runs.folder import writing_to
 from tinyvgg_jax.runs.integrity import (
     DamagedError,
     Layout,
@@ -255,6 +256,13 @@ class Checkpoints:
             # A damaged file raises one of a dozen exception types, plain Exception included.
             if not isinstance(error, DamagedError):
                 self._require_damage(step, wanted, error)
+            logger.info("Reading the checkpoint of step %d again: %s", step, self._reason(error))
+        # A network file system fails now and then, and damage is still there the second time.
+        try:
+            return self._restore(step, wanted)
+        except UserError:
+            raise
+        except Exception as error:
             logger.warning("The checkpoint of step %d is damaged: %s", step, self._reason(error))
             return None
 
@@ -344,13 +352,17 @@ class Checkpoints:
             UserError: if metrics cannot be read, or are damaged and nothing may be moved.
         """
         for folder in self._folder.glob("[0-9]*"):
+            if not folder.is_dir():
+                raise UserError(f"{folder} is in the way of a checkpoint: it is no folder.")
             file = _metrics_file(folder)
             try:
                 if file.exists():
-                    json.loads(file.read_text(encoding="utf-8"))
+                    content = json.loads(file.read_text(encoding="utf-8"))
+                    if type(_accuracy(content)) is not float:
+                        raise ValueError(f"{_METRIC} is not a number")
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
-            except ValueError as error:
+            except (ValueError, KeyError, TypeError) as error:
                 if self._read_only:
                     raise UserError(f"{file} is damaged; move {folder} away.") from error
                 logger.warning("The checkpoint of step %s is damaged: %s", folder.name, error)
@@ -414,10 +426,14 @@ def _damaged_folder(folder: Path) -> Path:
 def _quarantine_folder(step_folder: Path) -> None:
     """Moves a checkpoint's folder to `checkpoints.damaged`, so that nothing is lost."""
     damaged = _damaged_folder(step_folder.parent)
-    damaged.mkdir(exist_ok=True)
-    target = damaged / step_folder.name
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.move(step_folder, target)
+    target, number = damaged / step_folder.name, 1
+    while target.exists():
+        number += 1
+        target = damaged / f"{step_folder.name}.{number}"
+    with writing_to(damaged):
+        damaged.mkdir(exist_ok=True)
+        # Renaming moves all of it or nothing.
+        step_folder.rename(target)
     logger.warning("It was moved to %s.", target)
 
 

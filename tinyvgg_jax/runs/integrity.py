@@ -112,9 +112,15 @@ def read_all_files(folder: Path) -> None:
 
     for where, _, names in os.walk(folder, onerror=stop):
         for name in names:
-            with (Path(where) / name).open("rb") as file:
-                while file.read(1 << 20):
-                    pass
+            path = Path(where) / name
+            try:
+                with path.open("rb") as file:
+                    while file.read(1 << 20):
+                        pass
+            except OSError as error:
+                # A failing read names no file, as a failing open does.
+                error.filename = error.filename or str(path)
+                raise
 
 
 @contextlib.contextmanager
