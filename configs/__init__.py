@@ -1,1 +1,1 @@
-"""Configs of runs; `default.py` is the recipe, every other file changes only what differs."""
+"""Recipes: `default.py` is the paper's; the others change only what differs. See README.md."""

@@ -2,8 +2,8 @@
 
     python -m tinyvgg_jax.main --config fast --config.num_seeds=5
 
-Nothing of it has been measured on a GPU yet: neither the time nor the accuracy. Batch
-size, rate and epochs are first guesses.
+That accuracy is the aim: neither it nor the time has been measured on a GPU yet. Batch size,
+learning rate and epochs are first guesses.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     config = best.get_config()
     config.dtype = "bfloat16"
     config.num_epochs = 12
-    # Muon's own work is the same at any batch size, so that a small one would be mostly that.
+    # The work of Muon in a step does not depend on the batch size, so it would take most of the
+    # time of a small batch.
     config.batch_size = 512
     config.learning_rate = 0.03
     config.schedule = "linear"

@@ -1,9 +1,10 @@
-"""The default recipe at a size for two CPU cores: a narrower network, one convolution a block.
+"""The paper's recipe with a narrower network, one convolution a block, for two CPU cores.
 
     python -m tinyvgg_jax.main --config quick
 
-On two cores of an AMD EPYC: 63 s of training, compilation included. Train 91.2 %, validation
-91.0 %, test 89.8 % (five seeds, standard deviations 0.3, 0.4 and 0.3).
+On two cores of an AMD EPYC, this recipe takes 63 s of training, compilation included, and reaches
+91.2 % on train, 91.0 % on validation and 89.8 % on test (five seeds, standard deviations 0.3, 0.4
+and 0.3).
 """
 
 from ml_collections import ConfigDict
