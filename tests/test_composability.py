@@ -45,6 +45,10 @@ def model_network(params: Any, images: Array) -> Array:
     return apply(MODEL, params, images)
 
 
+def native_network(params: Any, images: Array) -> Array:
+    return apply(MODEL.clone(native=True), params, images)
+
+
 def loss_of(network: Callable[[Any, Array], Array]) -> Loss:
     return lambda params, images: (network(params, images) ** 2).sum()
 
@@ -214,10 +218,16 @@ def test_the_model_works_under_a_stricter_jax(
         logits = model_network(params, images)
         assert logits.dtype == jnp.float32
         found = jax.grad(loss_of(model_network))(params, images)
+        native = jax.grad(loss_of(native_network))(params, images)
     finally:
         jax.config.update(setting, before)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), found, expected
+        lambda *leaves: [
+            np.testing.assert_allclose(leaf, leaves[0], rtol=2e-3, atol=1e-4) for leaf in leaves
+        ],
+        expected,
+        found,
+        native,
     )
 
 
@@ -252,9 +262,7 @@ def test_widths_may_be_a_list(params: Any, images: Array) -> None:
 def test_the_native_network_has_the_same_parameters_and_gradients(
     params: Any, images: Array
 ) -> None:
-    native = MODEL.clone(native=True)
-    native_loss = loss_of(lambda p, i: apply(native, p, i))
-    found = jax.jit(jax.value_and_grad(native_loss))(params, images)
+    found = jax.jit(jax.value_and_grad(loss_of(native_network)))(params, images)
     expected = jax.jit(jax.value_and_grad(loss_of(plain_network)))(params, images)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), found, expected

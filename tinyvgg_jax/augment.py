@@ -11,16 +11,16 @@ from tinyvgg_jax.keys import named_key
 
 
 def rotate(images: Array, degrees: Array) -> Array:
-    """Rotates each image about its centre by an angle of its own, bilinearly.
+    """Rotates each image about its centre by an angle of its own, with bilinear interpolation.
 
-    What comes in from outside the image is black.
+    Pixels that come from outside the image are black.
 
     Args:
         images: `[B, H, W, C]`, floating.
-        degrees: `[B]`, anticlockwise.
+        degrees: `[B]`, anticlockwise angles.
 
     Returns:
-        `[B, H, W, C]`, the dtype of `images`, in the range of the images and 0.
+        `[B, H, W, C]`, the dtype of `images`. No value lies outside the range of the images and 0.
     """
     _, H, W, _ = images.shape
     y = jnp.arange(H)[:, None] - (H - 1) / 2
@@ -28,7 +28,8 @@ def rotate(images: Array, degrees: Array) -> Array:
 
     def rotate_one(image: Array, angle: Array) -> Array:
         sin, cos = jnp.sin(angle), jnp.cos(angle)
-        # Where each output pixel comes from: the rotation by minus the angle (y points down).
+        # An output pixel comes from the position that the opposite rotation takes it to. The signs
+        # are those of a y axis that points down.
         source_y = cos * y + sin * x + (H - 1) / 2
         source_x = cos * x - sin * y + (W - 1) / 2
         sample = partial(map_coordinates, coordinates=[source_y, source_x], order=1)
@@ -39,11 +40,11 @@ def rotate(images: Array, degrees: Array) -> Array:
 
 
 def flip_horizontally(images: Array, flip: Array) -> Array:
-    """Mirrors left and right in the images for which `flip` is true.
+    """Mirrors the images for which `flip` is true, left to right.
 
     Args:
         images: `[B, H, W, C]`.
-        flip: `[B]` bool.
+        flip: `[B]` bool, whether to mirror each image.
 
     Returns:
         `[B, H, W, C]`.
@@ -52,11 +53,11 @@ def flip_horizontally(images: Array, flip: Array) -> Array:
 
 
 def shift(images: Array, offsets: Array) -> Array:
-    """Moves each image by whole pixels: a crop of the image padded with black.
+    """Moves each image by whole pixels and fills the gap with black.
 
     Args:
         images: `[B, H, W, C]`.
-        offsets: `[B, 2]` int, downwards and to the right.
+        offsets: `[B, 2]` int, pixels downwards and to the right.
 
     Returns:
         `[B, H, W, C]`.
@@ -66,6 +67,7 @@ def shift(images: Array, offsets: Array) -> Array:
     def shift_one(image: Array, offset: Array) -> Array:
         rows, columns = jnp.arange(H) - offset[0], jnp.arange(W) - offset[1]
         inside = ((rows >= 0) & (rows < H))[:, None] & ((columns >= 0) & (columns < W))
+        # Indices outside the image are clipped only to be valid; the mask below makes them black.
         moved = image[rows.clip(0, H - 1)][:, columns.clip(0, W - 1)]
         return jnp.where(inside[..., None], moved, 0)
 
@@ -77,8 +79,9 @@ def cutout(images: Array, centres: Array, size: int) -> Array:
 
     Args:
         images: `[B, H, W, C]`.
-        centres: `[B, 2]` int, row and column; the square may reach beyond the image.
-        size: its side in pixels.
+        centres: `[B, 2]` int, row and column of each square's centre; a square may reach beyond
+            its image.
+        size: side of the squares in pixels.
 
     Returns:
         `[B, H, W, C]`.
@@ -94,36 +97,41 @@ def cutout(images: Array, centres: Array, size: int) -> Array:
 def mixup(key: Array, images: Array, targets: Array, alpha: float) -> tuple[Array, Array]:
     """Mixes each image and its target with another of the batch (Zhang et al., arXiv:1710.09412).
 
+    Image i becomes `w * images[i] + (1 - w) * images[j]`, and its target likewise, with a weight w
+    drawn from Beta(alpha, alpha) for each i, and j from a random permutation of the batch.
+
     Args:
         key: a PRNG key.
         images: `[B, H, W, C]`, floating.
-        targets: `[B, num_classes]`, each row a distribution.
-        alpha: of the Beta distribution of the shares; small values mix little.
+        targets: `[B, num_classes]`, each row a probability distribution.
+        alpha: parameter of the Beta distribution; with small values most weights are near 0 or 1,
+            so that little is mixed.
 
     Returns:
-        Images and targets of the same shapes.
+        The mixed images and targets, of the same shapes.
     """
-    partner_key, share_key = jax.random.split(key)
+    partner_key, weight_key = jax.random.split(key)
     B = len(images)
     partner = jax.random.permutation(partner_key, B)
-    share = jax.random.beta(share_key, alpha, alpha, (B,))
-    of_images = share.astype(images.dtype)[:, None, None, None]
-    mixed = of_images * images + (1 - of_images) * images[partner]
-    return mixed, share[:, None] * targets + (1 - share[:, None]) * targets[partner]
+    weight = jax.random.beta(weight_key, alpha, alpha, (B,))
+    image_weight = weight.astype(images.dtype)[:, None, None, None]
+    mixed = image_weight * images + (1 - image_weight) * images[partner]
+    return mixed, weight[:, None] * targets + (1 - weight[:, None]) * targets[partner]
 
 
 def alternating_flips(images: Array, epoch: Array | int) -> Array:
-    """Which images to mirror, so that each is seen in both ways in any two epochs.
+    """Chooses the images to mirror in an epoch, so that each is mirrored in every other epoch.
 
-    Which way comes first is a bit of the sum of an image's pixels, so that it is the same for
-    an image wherever it stands in a batch (the idea is airbench's, arXiv:2404.00498).
+    Any two successive epochs then show each image in both ways (the idea is airbench's,
+    arXiv:2404.00498). Images whose pixels have an odd sum begin mirrored. So the choice depends on
+    the image alone, and not on its place in the batch, which changes from epoch to epoch.
 
     Args:
-        images: `[B, H, W, C]`, floating, in [0, 1], with 256 levels.
+        images: `[B, H, W, C]`, floating, in [0, 1], multiples of 1/255.
         epoch: counted from 0.
 
     Returns:
-        `[B]` bool.
+        `[B]` bool, True for an image to mirror.
     """
     levels = jnp.round(images.astype(jnp.float32) * 255).astype(jnp.int32)
     return (levels.sum(axis=(1, 2, 3)) + epoch) % 2 == 1
@@ -140,23 +148,27 @@ def augment(
     shift_pixels: int = 0,
     cutout_size: int = 0,
 ) -> Array:
-    """Changes each image by a draw of its own; what is 0 or False is left out.
+    """Augments each image by random changes of its own; options left at 0 or False have no effect.
+
+    The changes are made in the order of the arguments.
 
     Args:
         key: a PRNG key; the same key gives the same images.
         images: `[B, H, W, C]`, floating.
-        epoch: counted from 0; matters to `alternating_flip` only.
-        rotation_degrees: angles are uniform in [-rotation_degrees, rotation_degrees].
-        horizontal_flip: whether half of the images, at random, are mirrored.
-        alternating_flip: whether instead each image is mirrored every other epoch.
-        shift_pixels: images move by up to so many pixels, uniformly, in both directions.
-        cutout_size: side of a square that is blackened, its centre anywhere.
+        epoch: counted from 0; used by `alternating_flip` only.
+        rotation_degrees: largest angle; angles are uniform in [-rotation_degrees,
+            rotation_degrees].
+        horizontal_flip: whether to mirror each image with probability 1/2.
+        alternating_flip: whether to mirror each image in every other epoch instead.
+        shift_pixels: largest shift, drawn uniformly for each of the two directions.
+        cutout_size: side in pixels of a square to blacken, whose centre is any pixel.
 
     Returns:
         `[B, H, W, C]`, the dtype of `images`.
     """
     B, H, W, _ = images.shape
     rotation_key, flip_key = jax.random.split(key)
+    # This comes before all changes, because it depends on the sum of the image's own pixels.
     flip = alternating_flips(images, epoch) if alternating_flip else None
     if rotation_degrees:
         images = rotate(
@@ -169,6 +181,7 @@ def augment(
         flip = jax.random.bernoulli(flip_key, shape=(B,))
     if flip is not None:
         images = flip_horizontally(images, flip)
+    # Shift and cutout have keys of their own, so that they do not change the draws of the others.
     if shift_pixels:
         shift_key = named_key(key, "shift")
         offsets = jax.random.randint(shift_key, (B, 2), -shift_pixels, shift_pixels + 1)

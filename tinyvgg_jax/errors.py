@@ -1,15 +1,15 @@
-"""The failures that end in one line for a person instead of a traceback."""
+"""Exceptions that the command line reports in one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """Something the user can put right: a field, a file, a folder. Exit status 2."""
+    """A mistake that the user can correct: a config field, a file, a folder. Exit status 2."""
 
 
 class DivergedError(RuntimeError):
     """The loss is no longer a finite number. Exit status 1.
 
     Attributes:
-        step: number of optimizer steps that had been taken when it happened.
+        step: number of optimizer steps taken when the loss diverged.
     """
 
     def __init__(self, message: str, step: int):
@@ -21,7 +21,7 @@ class InterruptedRunError(Exception):
     """A signal ended the run after its state was saved. Exit status 128 + signal.
 
     Attributes:
-        signal_number: the signal that asked for it.
+        signal_number: number of the signal.
     """
 
     def __init__(self, message: str, signal_number: int):

@@ -1,4 +1,4 @@
-"""Keys for random numbers, each with the name of its purpose."""
+"""PRNG keys, each derived by the name of its purpose."""
 
 import zlib
 from typing import Literal
@@ -6,19 +6,21 @@ from typing import Literal
 import jax
 from jax import Array
 
-# Every purpose of randomness in a run. The name is hashed into the key, so renaming one changes
-# the numbers of every run, and an interrupted run would not go on as it began.
+# Every purpose of randomness in a run, and the key that it is derived from. The name is hashed into
+# the key, so renaming a purpose changes the random numbers of every run, and a run that was
+# interrupted would not go on as it began. For the same reason the key of a step is named "augment",
+# although mixup and dropout are derived from it, too.
 Purpose = Literal[
-    "init",  # of a run's key: the parameters at the start
-    "order",  # of a run's key: the order of the examples, with the epoch folded in
-    "augment",  # of a run's key: everything random within a step, with the step folded in
-    "mixup",  # of a step's key: the partners and shares of mixup
-    "dropout",  # of a step's key: what the dense layers drop
-    "shift",  # of a step's key: the offsets of random shifts
-    "cutout",  # of a step's key: the centres of blackened squares
+    "init",  # from the run's key: the initial parameters
+    "order",  # from the run's key: the order of the examples, after the epoch is folded in
+    "augment",  # from the run's key: everything random within a step, after the step is folded in
+    "mixup",  # from the step's key: partners and weights of mixup
+    "dropout",  # from the step's key: the inputs that the dense layers drop
+    "shift",  # from the step's key: the offsets of random shifts
+    "cutout",  # from the step's key: the centres of blackened squares
 ]
 
 
 def named_key(key: Array, purpose: Purpose) -> Array:
-    """Derives the key for one purpose: `key` with a hash of the purpose's name folded in."""
+    """Derives the key for one purpose by folding a hash of the purpose's name into `key`."""
     return jax.random.fold_in(key, zlib.crc32(purpose.encode()))

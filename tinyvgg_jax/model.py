@@ -1,4 +1,4 @@
-"""Tiny VGG: blocks of 3x3 convolutions with ReLU, 2x2 max pooling, two dense layers."""
+"""Tiny VGG: blocks of 3x3 convolutions with ReLU and 2x2 max pooling, then two dense layers."""
 
 import math
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ from tinyvgg_jax.ops.convolution import (
 )
 from tinyvgg_jax.ops.pooling import max_pool_2x2
 
-# Of variance 1 / fan-in (Flax's own choice); twice that, for ReLU (He et al., arXiv:1502.01852);
-# and orthogonal, with the gain for ReLU (Saxe et al., arXiv:1312.6120).
+# Initial kernels. "lecun_normal", Flax's own choice, has variance 1 / fan-in; "he_normal" has twice
+# that, because ReLU halves the variance (He et al., arXiv:1502.01852); "orthogonal" has the gain
+# sqrt(2) for the same reason (Saxe et al., arXiv:1312.6120).
 KERNEL_INITS = {
     "lecun_normal": nn.initializers.lecun_normal(),
     "he_normal": nn.initializers.he_normal(),
@@ -26,12 +27,12 @@ KERNEL_INITS = {
 
 
 class ConvReLU(nn.Module):
-    """A 3x3 convolution, SAME, with a bias, ReLU and perhaps 2x2 max pooling, in one operation.
+    """A 3x3 SAME convolution with bias and ReLU, optionally with 2x2 max pooling, in one operation.
 
     Attributes:
         features: number of filters.
         dtype: dtype of the computation; the parameters are float32.
-        kernel_init: one of `KERNEL_INITS`.
+        kernel_init: one of `KERNEL_INITS`, the distribution of the initial kernel.
         native: see `TinyVGG`.
     """
 
@@ -42,7 +43,7 @@ class ConvReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, pool: bool = False) -> Array:
-        """`[B, H, W, C]` to `[B, H, W, features]`, or pooled `[B, H // 2, W // 2, features]`."""
+        """Maps `[B, H, W, C]` to `[B, H, W, features]`, or pooled to half the height and width."""
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", KERNEL_INITS[self.kernel_init], shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
@@ -54,13 +55,13 @@ class ConvReLU(nn.Module):
 
 
 def apply(model: nn.Module, params: Any, images: Array, dropout_key: Array | None = None) -> Array:
-    """`model.apply` for a model whose variables are its parameters.
+    """Calls `model.apply` for a model whose only variables are its parameters.
 
     Args:
         model: the network.
         params: its parameters.
         images: `[B, H, W, C]`, floating, in [0, 1].
-        dropout_key: for training with dropout; without it nothing is dropped.
+        dropout_key: PRNG key for training with dropout; None drops nothing.
 
     Returns:
         `[B, num_classes]` float32 logits.
@@ -72,7 +73,7 @@ def apply(model: nn.Module, params: Any, images: Array, dropout_key: Array | Non
 
 
 def count_parameters(params: Any) -> int:
-    """Counts the numbers in a tree of parameters."""
+    """Counts the elements of all arrays in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -87,14 +88,14 @@ class TinyVGG(nn.Module):
         hidden: width of the dense layer before the last.
         num_classes: number of logits.
         dtype: dtype of the computation; the logits are float32 whatever it is.
-        dropout: share of its inputs that each dense layer does without in training.
-        kernel_init: one of `KERNEL_INITS`, for all kernels but the last.
-        native: whether convolutions on a CPU are computed by the package's own C code, several
-            times faster than XLA's there, and pooling's gradient in less memory on any device.
-            Training, evaluation and prediction turn it on. Without it the network works under
-            every JAX transformation; with it gradients are of reverse mode and first order only
-            (`jax.grad`, not `jax.jvp`), and `jax.export` refuses the program on a CPU.
-            `model.clone(native=True)` is the same network with it, for the same parameters.
+        dropout: fraction of its inputs that each dense layer drops in training.
+        kernel_init: one of `KERNEL_INITS`, the distribution of all initial kernels but the last.
+        native: whether to compute convolutions on a CPU in C, several times faster than XLA does,
+            and the gradient of pooling on any device in less memory. Training, evaluation and
+            prediction turn it on. With it, gradients are of reverse mode and first order only
+            (`jax.grad`, not `jax.jvp`), and `jax.export` refuses the program on a CPU. Without it,
+            the network works under every JAX transformation. `model.clone(native=True)` is the
+            same network with it, for the same parameters. `ops/README.md` has the details.
     """
 
     widths: Sequence[int] = (64, 128, 256)
@@ -107,7 +108,7 @@ class TinyVGG(nn.Module):
     native: bool = False
 
     def __post_init__(self) -> None:
-        # A list would make the network unhashable, so that no jitted function could take it.
+        # With a list the network would not be hashable, as a static argument of `jax.jit` must be.
         object.__setattr__(self, "widths", tuple(self.widths))
         super().__post_init__()
 
@@ -131,15 +132,15 @@ class TinyVGG(nn.Module):
 
         Args:
             images: `[B, H, W, C]`, floating, in [0, 1].
-            train: whether to drop inputs of the dense layers, if the network has dropout; it
-                needs a key named "dropout".
+            train: whether to apply dropout, if the network has any; that needs a PRNG key named
+                "dropout".
 
         Returns:
             `[B, num_classes]` float32 logits.
 
         Raises:
-            ValueError: if `images` does not have four dimensions, or its height or width is
-                less than 2 to the number of blocks, so that nothing is left after pooling.
+            ValueError: if `images` does not have four dimensions, or if its height or width is
+                less than 2**(number of blocks), so that nothing is left after pooling.
         """
         self._check(images)
         x = images.astype(self.dtype)
@@ -152,10 +153,14 @@ class TinyVGG(nn.Module):
     def activations(self, images: Array) -> list[Array]:
         """Computes the output of each block's last convolution, before the pooling.
 
-        Args and errors are those of a call.
+        Args:
+            images: `[B, H, W, C]`, floating, in [0, 1].
 
         Returns:
             For each block i, counted from 0, `[B, H // 2**i, W // 2**i, widths[i]]`.
+
+        Raises:
+            ValueError: as a call does.
         """
         self._check(images)
         x = images.astype(self.dtype)
@@ -169,7 +174,14 @@ class TinyVGG(nn.Module):
         return outputs
 
     def classify(self, x: Array) -> Array:
-        """Computes `[B, num_classes]` float32 logits from the last of the `activations`."""
+        """Computes the logits from the last of the `activations`.
+
+        Args:
+            x: `[B, h, w, widths[-1]]`, the output of the last block before its pooling.
+
+        Returns:
+            `[B, num_classes]` float32 logits.
+        """
         return self._head(max_pool_2x2(x), train=False)
 
     def _check(self, images: Array) -> None:
@@ -183,7 +195,7 @@ class TinyVGG(nn.Module):
             )
 
     def _head(self, x: Array, train: bool) -> Array:
-        # No -1, which is ambiguous for an empty batch.
+        # The size is computed, because -1 would be ambiguous for an empty batch.
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         x = self.drop(x, deterministic=not train)
         x = self.drop(nn.relu(self.dense(x)), deterministic=not train)

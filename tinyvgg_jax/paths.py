@@ -1,4 +1,4 @@
-"""Files and folders as people name them."""
+"""Paths of files and folders as people write them."""
 
 import os
 import re
@@ -9,22 +9,23 @@ from tinyvgg_jax.errors import UserError
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
-    """Finds the path on this machine that a person means.
+    """Resolves the name of a local file or folder: `~`, `~user` and `file://` are understood.
 
     Args:
         name: a path, which may begin with `~` or `~user`, or a `file://` address.
 
     Returns:
-        The path, as absolute or relative as it was given.
+        The path; a relative one stays relative.
 
     Raises:
         UserError: if the name is empty, is an address on another machine, like `gs://...`, or
-            begins with the home folder of nobody.
+            begins with the home folder of a user who does not exist.
     """
     text = os.fspath(name)
     if not text:
         raise UserError("the name of a file or folder is empty.")
-    # A Path has made one slash of two.
+    # `Path("gs://bucket")` has already turned the two slashes into one. A name like `data:/x` is
+    # an address, too, unless a folder `data:` exists.
     scheme = re.match(r"([A-Za-z][\w+.-]+):(//?)", text)
     if scheme and (scheme[2] == "//" or not Path(f"{scheme[1]}:").exists()):
         address = urllib.parse.urlsplit(text)
@@ -40,5 +41,5 @@ def local_path(name: str | os.PathLike[str]) -> Path:
         pass
     first = Path(text).parts[0]
     if first == "~":
-        raise UserError(f"{text}: this user has no home folder; give a whole path.")
+        raise UserError(f"{text}: this user has no home folder; give an absolute path.")
     raise UserError(f"{text}: {first} is the home folder of nobody here.")

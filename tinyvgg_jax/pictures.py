@@ -1,4 +1,4 @@
-"""Picture files to arrays like the dataset's: a light garment on black, trimmed, in the centre."""
+"""Picture files as arrays like FashionMNIST's: a light garment, trimmed and centred, on black."""
 
 import collections
 import functools
@@ -16,34 +16,37 @@ from tinyvgg_jax.paths import local_path
 logger = logging.getLogger(__name__)
 
 INVERT = ("auto", "yes", "no")
-# Formats whose pixels Pillow does not read itself: of the first four it knows only the head, WMF is
-# drawn by Windows, and EPS is a program, which Ghostscript would run.
+# Formats that Pillow lists but does not decode itself. It reads only the header of the first four,
+# leaves WMF to Windows, and would run Ghostscript for EPS, which is a program.
 _UNREAD = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
-# Refused beyond this: it takes up to 12 bytes a pixel. A phone's photo has 12 to 50 million.
+# Larger pictures are refused, because decoding takes up to 12 bytes a pixel. A phone's photo has 12
+# to 50 million pixels.
 _MAX_PIXELS = 100_000_000
-# Fewer pixels on the longer side show nothing that could be told apart.
+# A picture with fewer pixels on its longer side is refused, because no class could be told from it.
 _MIN_SIDE = 8
-# Pixels on the longer side of what a picture is first reduced to, for each of the network's.
+# A picture is first reduced to this many pixels for each of the network's, along its longer side.
 _DETAIL = 16
-# Of 255; a pixel that differs less from the background is background. The dataset's makers took
-# 5 % (arXiv:1708.07747), for photos of a studio; a home's walls are less even.
+# The thresholds below are levels, of 255. A pixel that differs from the background by no more than
+# this belongs to it. The authors of the dataset took 5 % (arXiv:1708.07747), for studio photos; the
+# walls of a home are less even.
 _SAME = 25
-# Of 255; where nothing differs more after noise has been averaged out, nothing is there.
+# If, after noise has been averaged out, no pixel differs by more than this, the picture is empty.
 _ALIKE = 8
-# Of 255; a garment that is nowhere as bright is stretched until it reaches 255, as nearly every
-# image of the dataset does. At half their brightness, a network is right on 6 % fewer images.
+# A garment whose brightest pixel is below this is brightened until it reaches 255, as nearly every
+# image of the dataset does. At half the brightness, a network was right on 6 % fewer images.
 _DIM = 128
-# If a larger share of the pixels is transparent, the garment has been cut out; if a smaller one is,
-# then perhaps only the picture's corners are rounded, and its background is still to be found.
+# If a larger fraction of the pixels is transparent, the garment has been cut out, and what is
+# transparent is background. With a smaller one perhaps only the picture's corners are rounded, so
+# the background is found as in an opaque picture.
 _CUT_OUT = 0.05
 
 
 class Picture(NamedTuple):
-    """A picture as the network gets to see it.
+    """A picture, normalised for the network.
 
     Attributes:
         pixels: `[H, W, C]` uint8, in the network's size.
-        inverted: whether dark was made light.
+        inverted: whether the picture was inverted, because its garment was dark.
     """
 
     pixels: np.ndarray
@@ -61,16 +64,23 @@ def suffixes() -> frozenset[str]:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Finds the pictures in a folder and in its subfolders, by name; a file is itself.
+    """Finds the pictures in a folder and its subfolders by their suffixes.
 
-    It logs in a line how many other files the folder holds.
+    It logs the number of other files in one line.
+
+    Args:
+        path: a folder; or a file, which is returned whatever its suffix.
+
+    Returns:
+        The files, sorted.
 
     Raises:
-        UserError: if there is nothing, or it may not be read.
+        UserError: if there is no such path, if it must not be read, or if the folder holds no
+            picture.
     """
     try:
         if not path.is_dir():
-            # Whether it can be read is found out when it is.
+            # This only checks that the file exists; errors of reading show when it is read.
             path.stat()
             return [path]
         files = sorted(_walk(path))
@@ -82,7 +92,7 @@ def find_files(path: Path) -> list[Path]:
     if not pictures:
         raise UserError(f"{path}: no picture in this folder{skipped and '; ' + skipped}.")
     if skipped:
-        # It stands among what the command line says of files that cannot be read, and looks alike.
+        # The line has the form of the command line's errors, among which it is printed.
         logger.warning("tinyvgg_jax: %s", " ".join(f"{path}: {skipped}.".split()))
     return pictures
 
@@ -92,7 +102,7 @@ def _is_picture(file: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files that are not hidden."""
+    """Yields all files that are not hidden; it follows no links to folders, which may be loops."""
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
@@ -103,7 +113,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _skipped(files: list[Path]) -> str:
-    """Says how many files are no pictures, and of what kinds most are; of no files, nothing."""
+    """Describes the skipped files: their number and most frequent suffixes; "" for no files."""
     kinds = collections.Counter(file.suffix.lower() or file.name for file in files)
     named = ", ".join(kind for kind, _ in kinds.most_common(5)) + ", ..." * (len(kinds) > 5)
     if len(files) < 2:
@@ -114,13 +124,14 @@ def _skipped(files: list[Path]) -> str:
 def load_picture(
     path: str | Path, image_shape: tuple[int, int, int] = (28, 28, 1), invert: str = "auto"
 ) -> Picture:
-    """Reads a picture file and makes of it what `normalise` says.
+    """Reads a picture file and normalises it for the network by `normalise`.
 
-    The orientation that a camera noted is applied, of an animation the first frame is taken, and
-    what is transparent becomes a background that the rest stands out from.
+    It applies the orientation that a camera recorded, takes the first frame of an animation, and
+    puts a picture with transparent pixels on white or black, whichever contrasts with the rest.
 
     Args:
-        path: PNG, JPEG, WebP, TIFF, or what else Pillow reads; any size, colour or grey.
+        path: a file in PNG, JPEG, WebP, TIFF or another format that Pillow reads; of any size, in
+            colour or grey.
         image_shape: `(H, W, C)` of the network's images, C being 1 or 3.
         invert: "auto", "yes" or "no", see `normalise`.
 
@@ -128,10 +139,11 @@ def load_picture(
         The picture.
 
     Raises:
-        UserError: if it is no image, damaged, of a size that is out of reason, or all alike.
+        UserError: if the file is not an image or is damaged, if the image is too large or too
+            small, or if all its pixels are alike.
     """
     try:
-        # Given the path instead, Pillow 13 shears a TIFF that lies on its side.
+        # A file is opened because Pillow 13, given a path, shears a TIFF that lies on its side.
         with Path(path).open("rb") as file, Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise UserError(
@@ -145,7 +157,7 @@ def load_picture(
             grey = image_shape[2] == 1
             side = _DETAIL * max(image_shape[:2])
             if max(image.size) > side:
-                # A JPEG can be decoded at a fraction of its size, in a fraction of the time.
+                # A JPEG can be decoded at a fraction of its size in a fraction of the time.
                 image.draft("L" if grey and image.mode == "L" else "RGB", (side, side))
             pixels, background = _decode(image, "L" if grey else "RGB", side)
     except UserError:
@@ -157,7 +169,7 @@ def load_picture(
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{path}: cannot be read: {reason.lower()}.") from error
-    except Exception as error:  # A damaged file brings out anything in a decoder.
+    except Exception as error:  # For a damaged file a decoder may raise any exception.
         raise UserError(f"{path}: cannot be read as an image: {error}.") from error
     try:
         return normalise(pixels, image_shape, invert, background)
@@ -166,16 +178,21 @@ def load_picture(
 
 
 def _decode(image: Image.Image, mode: str, side: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Decodes a picture, upright, opaque, and no longer than so many pixels.
+    """Decodes a picture: upright, opaque, and at most `side` pixels long.
+
+    Args:
+        image: the opened picture.
+        mode: Pillow's mode of the result, "L" or "RGB".
+        side: the largest height or width of the result.
 
     Returns:
-        `[H, W, C]` uint8 in the mode, and `[C]`, the background, if its transparency tells it.
+        `[H, W, C]` uint8; and the background `[C]` if transparency tells it, else None.
     """
     image.load()
-    # This comes first because images made from this one do not know how it was turned.
+    # This comes first because converted images lose the record of the orientation.
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
-        # 16 bits a pixel, which Pillow would cut off at 255.
+        # Pillow's own conversion would clip values of 16 or 32 bits at 255.
         image = Image.fromarray(_to_uint8(np.array(image, np.float32), image.mode == "F"))
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     image = image.convert("RGBA" if transparent else mode)
@@ -189,22 +206,24 @@ def _decode(image: Image.Image, mode: str, side: int) -> tuple[np.ndarray, np.nd
 
 
 def _to_uint8(values: np.ndarray, floating: bool) -> np.ndarray:
-    """Scales values that go up to 1, or to the highest of 8 bits or more, to 255; in place."""
+    """Scales values to 0 to 255: floating ones from [0, 1], integers from the bits they use."""
     np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     highest = float(values.max())
-    # A file of 16 bits a pixel may hold a camera's 10 or 12, and does not say so. The highest value
-    # tells how many are used; if it tells too few, the picture is a dark one and becomes lighter,
-    # which does no harm. Floating values go to 1, and slightly beyond after a resampling.
+    # A file of 16 bits a pixel may hold the 10 or 12 bits of a camera, and does not say so. The
+    # highest value shows how many bits are used. For a dark picture that may be too few, and the
+    # picture becomes lighter, which does no harm. Floating values may exceed 1 slightly after a
+    # resampling, so they count as integers only from 2 on.
     top = 1 if floating and highest < 2 else 2 ** max(8, int(highest).bit_length()) - 1
     values *= 255 / top
     return values.clip(0, 255, out=values).astype(np.uint8)
 
 
 def _opaque(image: Image.Image, mode: str) -> tuple[Image.Image, np.ndarray | None]:
-    """Puts what is seen on white if it is rather dark, else on black.
+    """Puts the opaque part of a picture on white if that part is dark on average, else on black.
 
     Returns:
-        The picture, and `[C]`, its background; None if so little is transparent that this is none.
+        The picture; and its new background `[C]`, or None if so little is transparent that the
+        background lies in the opaque part.
     """
     pixels = np.asarray(image.convert("LA"), np.float64)
     weight = pixels[..., 1].sum()
@@ -222,26 +241,32 @@ def normalise(
     invert: str,
     background: np.ndarray | None = None,
 ) -> Picture:
-    """Makes of a photo what FashionMNIST's makers made of theirs (arXiv:1708.07747).
+    """Normalises a photo as the authors of FashionMNIST did with theirs (arXiv:1708.07747).
 
-    The background is the median of the border. What differs from it is cut out, resized with
-    antialiasing so that its longer side fills the image, and put in the centre; a garment darker
-    than its background is turned into a lighter one, with the background at 0, and what stays dim
-    is stretched to 255. A picture that has the network's size already is left as it is, or
-    inverted; "auto" means that its corners decide. For a network that takes colour images, no
-    background is cut away, and "auto" means "no".
+    For a network of grey images, these steps are taken:
+
+    1. The background is the median of the border.
+    2. The garment, which is what differs from the background, is cut out, resized with antialiasing
+       so that its longer side fills the image, and put in the centre.
+    3. A garment that is darker than its background is inverted.
+    4. The background is set to 0, and a garment that is still dim is brightened to 255.
+
+    A picture that already has the network's size is only inverted, if at all; with "auto" its
+    corners decide. For a network of colour images, the whole picture is resized, and "auto" means
+    "no".
 
     Args:
         pixels: `[H, W, C]` uint8.
         image_shape: `(H, W, C)` of the network's images.
-        invert: "yes", "no", or "auto": whether the garment is darker than its background.
-        background: `[C]` floating, from 0 to 255, where it is known; else it is sought.
+        invert: whether to invert: "yes", "no", or "auto", if the garment is darker than its
+            background.
+        background: `[C]` floating, from 0 to 255, if it is known.
 
     Returns:
         The picture.
 
     Raises:
-        ValueError: if all pixels are alike.
+        ValueError: if all pixels are alike, or `invert` is none of the three.
     """
     if invert not in INVERT:
         raise ValueError(f"invert must be one of {', '.join(INVERT)}, not {invert!r}")
@@ -256,23 +281,24 @@ def normalise(
 
 
 def _corner(pixels: np.ndarray) -> np.ndarray:
-    """The second darkest of the four corners, `[C]`: if it is light, so are three of them.
+    """Returns the second darkest of the four corners, `[C]`; if it is light, three of them are.
 
-    A garment that fills an image reaches its border, but hardly its corners: by these, all 70,000
-    images of FashionMNIST are told from their inverted selves; by the border, all but two.
+    A garment that fills its image reaches the border, but hardly the corners. The corners
+    distinguish all 70,000 images of FashionMNIST from their inverted copies; the border fails for
+    two.
     """
     return np.sort(pixels[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)[1]
 
 
 def _border(pixels: np.ndarray) -> np.ndarray:
-    """The outermost rows and columns of `[H, W, ...]`, end to end."""
+    """Concatenates the outermost rows and columns of `[H, W, ...]`."""
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
 
 def _light_on_black(
     pixels: np.ndarray, image_shape: tuple[int, int, int], invert: str, background: np.ndarray
 ) -> Picture:
-    """A grey photo as a light garment on black, as far as `invert` lets it."""
+    """Normalises a grey photo to a light garment on black, unless `invert` forbids it."""
     differences = _differences(pixels[..., 0], background)
     darker = bool(differences.sum() < 0)
     inverted = darker if invert == "auto" else invert == "yes"
@@ -281,7 +307,7 @@ def _light_on_black(
     if inverted:
         fitted, background = 255 - fitted, 255 - background
     if inverted == darker:
-        # The garment is the lighter now.
+        # The garment is now lighter than the background, which is stretched to black.
         fitted = (fitted - background) * (255 / (255 - background))
         if 0 < fitted.max() < _DIM:
             fitted *= 255 / fitted.max()
@@ -289,12 +315,12 @@ def _light_on_black(
 
 
 def _differences(grey: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """By how much `[H, W]` pixels are lighter than the background; 0 where they belong to it.
+    """Subtracts the background from `[H, W]` pixels; the result is 0 where they belong to it.
 
     Raises:
-        ValueError: if all of them do.
+        ValueError: if all pixels belong to the background.
     """
-    # Averaging over about what becomes one of the network's pixels takes away noise and dust.
+    # Averaging over about the area of one of the network's pixels removes noise and dust.
     r = max(1, max(grey.shape) // 64)
     padded = Image.fromarray(np.pad(grey, r, mode="symmetric"))
     smooth = np.asarray(padded.filter(ImageFilter.BoxBlur(r)))[r:-r, r:-r] - background
@@ -303,7 +329,8 @@ def _differences(grey: np.ndarray, background: np.ndarray) -> np.ndarray:
     if contrast >= 2 * _SAME:
         sharp = grey - background
         return np.where(np.abs(sharp) > _SAME, sharp, 0)
-    # Uneven light changes slowly where a garment has an edge, and it shows along the border, too.
+    # The contrast is low: it may be a pale garment or uneven light. Light changes slowly, while a
+    # garment has an edge; and light changes along the border, too.
     least = max(_ALIKE, 2 * np.median(_border(contrasts)))
     if contrast <= least or _steepest(smooth, 2 * r + 1) <= _ALIKE:
         raise ValueError("all its pixels are alike")
@@ -311,13 +338,17 @@ def _differences(grey: np.ndarray, background: np.ndarray) -> np.ndarray:
 
 
 def _steepest(values: np.ndarray, distance: int) -> float:
-    """The largest change over so many rows or columns; 0 if there are not as many."""
+    """Finds the largest change over `distance` rows or columns; 0 if there are not as many."""
     down, across = (np.abs(v[distance:] - v[:-distance]) for v in (values, values.T))
     return float(max(down.max(initial=0), across.max(initial=0)))
 
 
 def _span(shares: np.ndarray) -> slice:
-    """From the first to the last row in which more differs than a speck of dust."""
+    """Finds the first and last row that the garment reaches, not counting specks of dust.
+
+    Args:
+        shares: the fraction of each row's pixels that differ from the background.
+    """
     busy = np.flatnonzero(shares > min(0.01, shares.max() / 2))
     return slice(int(busy[0]), int(busy[-1]) + 1)
 
@@ -325,7 +356,7 @@ def _span(shares: np.ndarray) -> slice:
 def _fit(
     pixels: np.ndarray, image_shape: tuple[int, int, int], background: np.ndarray
 ) -> np.ndarray:
-    """Resized to fit, keeping the aspect ratio, in the centre of the background."""
+    """Resizes to fit `image_shape`, keeping the aspect ratio, and centres on the background."""
     (h, w), (H, W, C) = pixels.shape[:2], image_shape
     scale = min(H / h, W / w)
     new_h, new_w = max(1, min(H, round(h * scale))), max(1, min(W, round(w * scale)))
@@ -339,7 +370,7 @@ def _fit(
 
 
 def find_all(paths: Iterable[str | Path]) -> Iterator[Path | UserError]:
-    """The files of several paths, in order; for a path without any, what is wrong with it."""
+    """Yields the files of several paths, in order; for a path without any, the error."""
     for path in paths:
         try:
             yield from find_files(local_path(path))

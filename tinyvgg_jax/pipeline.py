@@ -1,7 +1,12 @@
-"""How the steps of an epoch are run: on batches from the host, or many in one call on the device.
+"""Two ways to run the steps of an epoch: on batches from the host, or on images on the device.
 
-Both take the same batches in the same order, and yield after every call what the loop may look
-at. Only the device knows the figures until somebody fetches them.
+`StreamPipeline` transfers each batch and makes one compiled call a step. `DevicePipeline` keeps all
+images in the device's memory and runs many steps in one compiled call. Both take the same batches
+in the same order, so that they end in the same parameters.
+
+JAX calls return before the device has computed anything. So the loop only lines up calls, and the
+device never waits for Python. After every call the loop gets a `CallResult`, whose figures stay on
+the device until somebody reads them, which waits for the call to end.
 """
 
 import math
@@ -20,24 +25,29 @@ from tinyvgg_jax.data import Batch, Split, epoch_order, on_device, stream
 from tinyvgg_jax.step import StepSums, TrainState
 from tinyvgg_jax.system import trim_heap
 
-# Steps in one call where calls cost more than steps: about a tenth of a second's on a GPU.
+# Steps in one call on an accelerator, where a small network's step is shorter than the time that
+# Python needs for a call. A hundred take about a tenth of a second on a GPU, which is soon enough
+# for the progress bar and for a signal to stop.
 _STEPS_PER_CALL = 100
-# Calls that may wait for their turn on the device, so that it never waits for the host; of short
-# calls more, because the host may be late once. Each call that waits has memory of its own.
+# Calls that may wait in the device's queue while it works on another. One is enough for the device
+# to go on at once. Calls shorter than _SHORT_SECONDS need more, because Python may be late for one
+# of them. There should be no more than that: each waiting call holds memory for its results and its
+# batch, and a signal to stop takes effect only after those in the queue.
 _WAITING, _WAITING_IF_SHORT, _SHORT_SECONDS = 1, 4, 0.02
-# Long calls between two times that their freed memory goes back to the system: else it piles up,
-# because each may be served by another thread, for which the C library keeps memory apart.
+# Calls, of those that are not short, after which freed memory goes back to the system. Without it
+# memory piles up, because each call may run on another thread, and the C library keeps freed memory
+# for each thread apart.
 _CALLS_PER_TRIM = 16
 
 Step = Callable[[TrainState, Batch, Array], tuple[TrainState, StepSums]]
 
 
 class Keys(NamedTuple):
-    """What the randomness of a run's epochs comes from; of K runs at once, `[K]` keys each.
+    """The PRNG keys of a run's epochs; for K runs at once, arrays of K keys.
 
     Attributes:
-        order: of the data order.
-        step: handed to every step.
+        order: the key of the data order, with which the epoch is folded.
+        step: the key that every step gets, which folds the step's number in.
     """
 
     order: Array
@@ -45,13 +55,17 @@ class Keys(NamedTuple):
 
 
 class CallResult(NamedTuple):
-    """What a pipeline yields after every call.
+    """The result of one call, which a pipeline yields.
+
+    `state` and `sums` are donated to the next call: it writes its results into their memory, so
+    that the device holds one state and not two. Whoever wants to keep them must copy them before
+    asking the pipeline for the next result.
 
     Attributes:
-        state: after the steps so far; given up to the next call.
-        sums: over the epoch so far; given up to the next call.
-        done: on the device, there when the call has ended; may be kept.
-        step: steps of the epoch so far.
+        state: the state after the steps so far.
+        sums: the sums over the epoch so far, or since the sums that the epoch was given.
+        done: an array of this call that is not donated, so that it can be waited for at any time.
+        step: the number of steps of the epoch so far.
     """
 
     state: TrainState
@@ -61,17 +75,24 @@ class CallResult(NamedTuple):
 
 
 def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
-    """The calls at the device's pace: each begins when only few before it are waiting."""
+    """Yields the results of calls, and waits so that only a few calls are in the queue.
+
+    A compiled call returns at once and is queued. Nothing else holds Python back, so without a
+    limit it would queue a whole epoch, with memory for every call.
+    """
     under_way: deque[Array] = deque()
     waiting, last_end, long_calls = _WAITING, time.perf_counter(), 0
     for now in calls:
         under_way.append(now.done)
         while len(under_way) > waiting:
+            # `done` is waited for and not `state`, which a later call has been given already.
             under_way.popleft().block_until_ready()
+            # The queue was not empty, so the time between two ends is the length of a call.
             seconds, last_end = time.perf_counter() - last_end, time.perf_counter()
             waiting = _WAITING_IF_SHORT if seconds < _SHORT_SECONDS else _WAITING
             if seconds >= _SHORT_SECONDS:
-                # The first has compiled, which leaves most.
+                # This includes the first call, which has compiled the program and left more freed
+                # memory than any other.
                 if long_calls % _CALLS_PER_TRIM == 0:
                     trim_heap()
                 long_calls += 1
@@ -79,25 +100,47 @@ def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
 
 
 class StreamPipeline:
-    """Batches come from the host, one call a step, transferred while the device works."""
+    """Runs one step a call, on batches that are transferred while the device works.
+
+    It suits data sets that are larger than the device's memory.
+    """
 
     def __init__(self, step: Step, split: Split, batch_size: int, keys: Keys):
-        """Args: the pure step, the examples, B, and a run's keys."""
+        """Compiles nothing yet: the first call does.
+
+        Args:
+            step: the pure train step.
+            split: the examples.
+            batch_size: B.
+            keys: the keys of one run.
+        """
         self._split, self._batch_size, self._order_key = split, batch_size, keys.order
 
+        # Donating state and sums lets the step write their new values over the old ones.
         @partial(jax.jit, donate_argnums=(0, 1))
         def update(
             state: TrainState, sums: StepSums, batch: Batch
         ) -> tuple[TrainState, StepSums, Array]:
-            state, metrics = step(state, batch, keys.step)
-            return state, sums.plus(metrics), metrics.loss
+            state, new_sums = step(state, batch, keys.step)
+            # The third result is not donated to the next call, so it can still be waited for.
+            return state, sums.plus(new_sums), new_sums.loss
 
         self._update = update
 
     def epoch(
         self, state: TrainState, sums: StepSums, epoch: int, first_step: int
     ) -> Iterator[CallResult]:
-        """Takes the epoch's steps from `first_step` on, both counted from 0."""
+        """Runs the steps of an epoch from `first_step` on.
+
+        Args:
+            state: the state after the steps before; donated to the first call.
+            sums: the sums to add to; donated to the first call.
+            epoch: counted from 0.
+            first_step: counted from 0 within the epoch.
+
+        Yields:
+            The result of each call; see `CallResult` for how long its arrays may be used.
+        """
         return limit_queue(self._calls(state, sums, epoch, first_step))
 
     def _calls(
@@ -105,16 +148,18 @@ class StreamPipeline:
     ) -> Iterator[CallResult]:
         order = np.asarray(epoch_order(self._order_key, epoch, len(self._split)))
         batches = stream(self._split, order, self._batch_size, first_step)
-        for number, batch in enumerate(batches, start=first_step + 1):
+        for steps_so_far, batch in enumerate(batches, start=first_step + 1):
             state, sums, done = self._update(state, sums, batch)
-            yield CallResult(state, sums, done, number)
+            yield CallResult(state, sums, done, steps_so_far)
 
 
 class DevicePipeline:
-    """The images stay on the device, and many steps run in one call, of many runs if wanted.
+    """Runs many steps in one call, on images that stay on the device; also of several runs at once.
 
-    Of K runs, states and sums have a leading axis of K; each has its own keys, and all are at the
-    same step.
+    Within a call no step waits for Python or for a transfer: the program selects each batch from
+    the images by itself, and returns only the state and the sums.
+
+    With K runs, states, sums and keys have a leading axis of K, and all runs are at the same step.
     """
 
     def __init__(
@@ -125,23 +170,37 @@ class DevicePipeline:
         keys: Keys,
         steps_per_call: int | None = None,
     ):
-        """Args: as for `StreamPipeline`; and steps in a call, by default what suits the device."""
+        """Moves the images to the device; the first call compiles.
+
+        Args:
+            step: the pure train step.
+            split: the examples.
+            batch_size: B.
+            keys: the keys of one run, or arrays of K keys for K runs.
+            steps_per_call: most steps in one call; None for a number that suits the device.
+        """
         self._data = on_device(split)
         self._keys, size = keys, len(split)
         self._steps = steps = len(split) // batch_size
         if steps_per_call is None:
-            # A step takes a CPU long, and its loops are not compiled as well.
+            # On a CPU a step takes much longer than a call, so nothing is gained by joining steps,
+            # and XLA compiles the body of a loop into slower code there.
             steps_per_call = 1 if jax.default_backend() == "cpu" else _STEPS_PER_CALL
-        # Calls of one length, so that there is one program.
+        # The number of steps is part of the program, so all calls have the same length: a shorter
+        # last call would be compiled for itself. The length is that of the fewest calls that cover
+        # the epoch; 250 steps in calls of at most 100, for example, are three calls of 84, with 2
+        # steps more than the epoch has.
         self._length = length = math.ceil(steps / math.ceil(steps / steps_per_call))
 
         def one_step(
             state: TrainState, sums: StepSums, data: Batch, order: Array, end: Array, key: Array
         ) -> tuple[TrainState, StepSums]:
+            # The position in the epoch follows from the state's step, so that a call needs no
+            # other counter, and a run that goes on within an epoch begins at the right batch.
             first = (state.step - (end - steps)) * batch_size
             chosen = lax.dynamic_slice_in_dim(order, first, batch_size)
-            state, metrics = step(state, Batch(data.images[chosen], data.labels[chosen]), key)
-            return state, sums.plus(metrics)
+            state, new_sums = step(state, Batch(data.images[chosen], data.labels[chosen]), key)
+            return state, sums.plus(new_sums)
 
         def update(
             state: TrainState, sums: StepSums, data: Batch, order: Array, end: Array, key: Array
@@ -150,34 +209,55 @@ class DevicePipeline:
                 carry: tuple[TrainState, StepSums], _: None
             ) -> tuple[tuple[TrainState, StepSums], None]:
                 new = one_step(*carry, data, order, end, key)
-                # The last call may have steps too many: they change nothing.
+                # The last call may have more steps than are left in the epoch. Such a step is
+                # computed (`dynamic_slice` clamps its batch to the end of the order), but the old
+                # state and sums are kept, the step number included. So the next surplus step is not
+                # wanted either, and the epoch ends exactly at `end`.
                 wanted = carry[0].step < end
                 return jax.tree.map(lambda n, o: jnp.where(wanted, n, o), new, carry), None
 
+            # With one step a call there is no surplus, and a loop would slow a CPU down.
             if length == 1:
                 state, sums = one_step(state, sums, data, order, end, key)
             else:
                 (state, sums), _ = lax.scan(body, (state, sums), length=length)
+            # `sums` is donated to the next call. An array that is returned twice gets two buffers,
+            # so the third result can still be waited for.
             return state, sums, sums.examples
 
         def order(key: Array, epoch: Array) -> Array:
             return epoch_order(key, epoch, size)
 
         if keys.order.ndim:
+            # Several runs share images and position, and differ in state, order and keys.
             update = jax.vmap(update, in_axes=(0, 0, None, 0, None, 0))
             order = jax.vmap(order, in_axes=(0, None))
+        # The images are an argument and not a constant of the program, which would be a second copy
+        # of them. They are not donated, because every call reads them.
         self._update = jax.jit(update, donate_argnums=(0, 1))
         self._order = jax.jit(order)
 
     def epoch(
         self, state: TrainState, sums: StepSums, epoch: int, first_step: int
     ) -> Iterator[CallResult]:
-        """Takes the epoch's steps from `first_step` on, both counted from 0."""
+        """Runs the steps of an epoch from `first_step` on.
+
+        Args:
+            state: the state after the steps before; donated to the first call.
+            sums: the sums to add to; donated to the first call.
+            epoch: counted from 0.
+            first_step: counted from 0 within the epoch.
+
+        Yields:
+            The result of each call; see `CallResult` for how long its arrays may be used.
+        """
         return limit_queue(self._calls(state, sums, epoch, first_step))
 
     def _calls(
         self, state: TrainState, sums: StepSums, epoch: int, first_step: int
     ) -> Iterator[CallResult]:
+        # These are the epoch's only transfers to the device. They are explicit, so that under
+        # `jax.transfer_guard("disallow")` any other, made by mistake, is an error.
         order = self._order(self._keys.order, jax.device_put(np.int32(epoch)))
         end = jax.device_put(np.int32((epoch + 1) * self._steps))
         for step in range(first_step, self._steps, self._length):

@@ -1,4 +1,4 @@
-"""Classes of images and of picture files, from a trained run."""
+"""Prediction of the classes of images and of picture files by a trained network."""
 
 import collections
 import dataclasses
@@ -25,19 +25,19 @@ from tinyvgg_jax.pictures import Picture, find_all, load_picture
 from tinyvgg_jax.runs.restore import restore, run_info
 from tinyvgg_jax.step import to_float
 
-# Images at a time; the last are padded, so that one program serves any number.
+# Images in a call of the network. The last call is padded, so that one program serves any number.
 _CHUNK = 64
-# Pictures decoded ahead of the network, so that a million files do not fill the memory.
+# Pictures that are decoded ahead of the network; a bound, so that a million do not fill the memory.
 _AHEAD = 8 * _CHUNK
 
 
 class Predictions(NamedTuple):
-    """What a network takes B images for.
+    """Predictions for B images.
 
     Attributes:
-        labels: `[B]` int, the most probable class of each.
+        labels: `[B]` int, the most probable class of each image.
         probabilities: `[B, num_classes]` float32.
-        class_names: of the classes, in the order of their labels.
+        class_names: names of the classes, in the order of their labels.
     """
 
     labels: np.ndarray
@@ -47,15 +47,15 @@ class Predictions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A trained network, called with images.
+    """A trained network that predicts the classes of images.
 
-    It compiles twice at most, once for a single image and once for any larger number.
+    It compiles at most twice: once for a single image and once for any larger number.
 
     Attributes:
         model: the network.
         params: its parameters.
         image_shape: `(H, W, C)` of its images.
-        class_names: of its classes.
+        class_names: names of its classes, in the order of their labels.
     """
 
     model: TinyVGG
@@ -75,14 +75,22 @@ class Predictor:
             The predictions; B is 1 for a single image.
 
         Raises:
-            ValueError: if the shape, dtype or range is another.
+            ValueError: if the images have another shape, dtype or range.
         """
         batch = _pixels(self._batch(np.asarray(images)))
         probabilities = self.probabilities(batch, 1 if len(batch) == 1 else _CHUNK)
         return Predictions(probabilities.argmax(axis=1), probabilities, self.class_names)
 
     def probabilities(self, batch: np.ndarray, size: int) -> np.ndarray:
-        """`[B, num_classes]` float32 of a checked batch, so many images at a time."""
+        """Computes the probabilities of images that have been checked.
+
+        Args:
+            batch: `[B, H, W, C]` uint8, or float32 in [0, 1].
+            size: number of images in a call of the network; the last call is padded.
+
+        Returns:
+            `[B, num_classes]` float32.
+        """
         chunks = [batch[start : start + size] for start in range(0, len(batch), size)]
         answers = [_probabilities(self.model, self.params, _padded(c, size)) for c in chunks]
         rows = [np.asarray(a)[: len(c)] for a, c in zip(answers, chunks, strict=True)]
@@ -90,7 +98,7 @@ class Predictor:
         return np.concatenate([empty, *rows])
 
     def _batch(self, images: np.ndarray) -> np.ndarray:
-        """Adds the axes that may be left out: `[B, H, W, C]`."""
+        """Adds the axes that were left out, and checks the shape: `[B, H, W, C]`."""
         H, W, C = self.image_shape
         given = images.shape
         if C == 1 and given[-2:] == (H, W) and images.ndim in (2, 3):
@@ -107,8 +115,8 @@ class Predictor:
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """Checks dtype and range, and gives uint8 for whole numbers and float32 for all others."""
-    # NumPy does not count bfloat16 among the floating types, JAX does.
+    """Checks dtype and range, and converts integers to uint8 and everything else to float32."""
+    # JAX's test is used because NumPy does not count bfloat16 among the floating types.
     if images.dtype == bool or jnp.issubdtype(images.dtype, jnp.floating):
         images = images.astype(np.float32)
         if not ((images >= 0) & (images <= 1)).all():
@@ -122,6 +130,7 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 
 
 def _padded(images: np.ndarray, size: int) -> np.ndarray:
+    """Appends images of zeros until there are `size`."""
     return np.concatenate(
         [images, np.zeros_like(images, shape=(size - len(images), *images.shape[1:]))]
     )
@@ -130,22 +139,22 @@ def _padded(images: np.ndarray, size: int) -> np.ndarray:
 @partial(jax.jit, static_argnums=0)
 def _probabilities(model: TinyVGG, params: Any, images: Array) -> Array:
     floats = to_float(images) if images.dtype == jnp.uint8 else images
-    # No gradient is taken here.
+    # The fast convolutions restrict which derivatives exist, but no gradient is taken here.
     return jax.nn.softmax(apply(model.clone(native=True), params, floats))
 
 
 def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:
-    """Restores a trained network for predictions; needs no dataset.
+    """Restores a trained network for predictions, without its dataset.
 
     Args:
         workdir: the folder that `train_and_evaluate` wrote.
-        step: as in `restore`.
+        step: the checkpoint: "best", by validation accuracy, "latest", or a number of steps.
 
     Returns:
         The predictor.
 
     Raises:
-        UserError: as `restore`.
+        UserError: if there is no such run or checkpoint, or none that is intact; see `restore`.
     """
     model, params = restore(workdir, step)
     info = run_info(local_path(workdir))
@@ -153,11 +162,11 @@ def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:
 
 
 class FilePrediction(NamedTuple):
-    """What a network takes a picture file for.
+    """Prediction for a picture file.
 
     Attributes:
         path: the file.
-        inverted: whether dark was made light.
+        inverted: whether the picture was inverted, because its garment was dark.
         probabilities: `[num_classes]` float32.
     """
 
@@ -166,7 +175,7 @@ class FilePrediction(NamedTuple):
     probabilities: np.ndarray
 
     def to_json(self, class_names: tuple[str, ...]) -> dict[str, Any]:
-        """`file`, `class`, `probability`, `second_class`, `second_probability`, `inverted`."""
+        """Converts to a JSON object: the file, its two most probable classes, and `inverted`."""
         first, *others = np.argsort(-self.probabilities, kind="stable")
         return {
             "file": str(self.path),
@@ -181,22 +190,24 @@ class FilePrediction(NamedTuple):
 def predict_files(
     predictor: Predictor, paths: Iterable[str | Path], invert: str = "auto"
 ) -> Iterator[FilePrediction | UserError]:
-    """Predicts picture files while others are being decoded.
+    """Predicts the classes of picture files; it decodes files while the network runs.
 
     Args:
         predictor: the network.
-        paths: files and folders, whose pictures are taken, in subfolders too; how many other files
-            a folder holds is logged.
+        paths: files, and folders, which are searched for pictures with their subfolders. The number
+            of other files in a folder is logged.
         invert: "auto", "yes" or "no", as in `pictures.normalise`.
 
     Yields:
-        For each file, in order, its prediction, or what is wrong with it.
+        The prediction for each file, in order, or the error that says what is wrong with it.
     """
     read = partial(load_picture, image_shape=predictor.image_shape, invert=invert)
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        # Pillow warns of large pictures; `load_picture` has a limit of its own.
+        # Pillow warns of large pictures, but `load_picture` has a limit of its own.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         decoded = _ahead(pool, read, find_all(paths))
+        # A single picture compiles the program for one image, which is faster. The first chunk
+        # decides, so that a last chunk of one picture compiles no second program.
         size = 0
         while chunk := list(itertools.islice(decoded, _CHUNK)):
             size = size or (1 if len(chunk) == 1 else _CHUNK)
@@ -209,7 +220,7 @@ Decoded = tuple[Path, Picture | UserError]
 def _ahead(
     pool: ThreadPoolExecutor, read: Any, paths: Iterator[Path | UserError]
 ) -> Iterator[Decoded]:
-    """Reads files in threads, some ahead of those that are asked for."""
+    """Reads files in threads, at most `_AHEAD` of them before they are asked for."""
     waiting: collections.deque[tuple[Path, Future[Picture] | UserError]] = collections.deque()
     for path in paths:
         if isinstance(path, UserError):
@@ -223,6 +234,7 @@ def _ahead(
 
 
 def _result(path: Path, reading: Future[Picture] | UserError) -> Decoded:
+    """Waits for a picture; an error is returned, so that the other files are still predicted."""
     if isinstance(reading, UserError):
         return path, reading
     try:
@@ -234,6 +246,7 @@ def _result(path: Path, reading: Future[Picture] | UserError) -> Decoded:
 def _predict_chunk(
     predictor: Predictor, chunk: list[Decoded], size: int
 ) -> Iterator[FilePrediction | UserError]:
+    """Predicts the pictures of a chunk in one call, and yields its errors at their places."""
     pictures = [picture for _, picture in chunk if isinstance(picture, Picture)]
     if pictures:
         pixels = np.stack([picture.pixels for picture in pictures])

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Handling of the signals that ask a run to stop."""
 
 import contextlib
 import logging
@@ -12,16 +12,20 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list; a second signal acts as it would have without us.
+    """Collects SIGINT and SIGTERM in a list while the context is open.
 
-    Outside of the main thread, where Python handles no signals, the list stays empty.
+    Only the first signal is collected. It restores the earlier handlers, so that a second one ends
+    a run that hangs. Outside the main thread Python allows no handlers, and the list stays empty.
+
+    Yields:
+        The numbers of the signals received so far.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # Who started us in the background may have had Ctrl-C ignored; then it stays so.
+    # A shell may have started the process in the background with SIGINT ignored; it stays ignored.
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:

@@ -20,13 +20,13 @@ def to_float(images: Array) -> Array:
 
 
 class TrainState(NamedTuple):
-    """All that a step changes.
+    """Everything that a step changes: a checkpoint of it is enough to go on.
 
     Attributes:
-        step: int32 scalar, optimizer steps taken.
+        step: int32 scalar, the number of optimizer steps taken.
         params: tree of float32 arrays.
         opt_state: Optax's state.
-        average: of the parameters so far, the same tree; None where none is kept.
+        average: exponential moving average of `params`, the same tree; None where none is kept.
     """
 
     step: Array
@@ -36,16 +36,16 @@ class TrainState(NamedTuple):
 
     @property
     def evaluated(self) -> Any:
-        """The parameters that evaluations and checkpoints are of."""
+        """The parameters to evaluate: the average where one is kept, else `params`."""
         return self.params if self.average is None else self.average
 
 
 def pack(state: TrainState) -> tuple[Any, Any]:
-    """Splits a state into what a checkpoint keeps apart.
+    """Splits a state into the two items of a checkpoint, which stores the step as its name.
 
     Returns:
-        The parameters that are evaluated, and everything else but the step: the optimizer's state,
-        or where an average is evaluated, also the parameters that it is an average of.
+        The parameters to evaluate, which can be restored without the rest; and the rest: the
+        optimizer's state, and where an average is evaluated, also the parameters it averages.
     """
     if state.average is None:
         return state.params, state.opt_state
@@ -53,20 +53,20 @@ def pack(state: TrainState) -> tuple[Any, Any]:
 
 
 def unpack(step: int, params: Any, rest: Any) -> TrainState:
-    """Puts together what `pack` has split."""
+    """Builds a state from its step and the two items that `pack` returned."""
     if isinstance(rest, dict) and rest.keys() == {"opt_state", "params"}:
         return TrainState(jnp.int32(step), rest["params"], rest["opt_state"], params)
     return TrainState(jnp.int32(step), params, rest)
 
 
 class StepSums(NamedTuple):
-    """Sums over the examples of some steps, as scalars.
+    """Sums over the examples of some steps, as scalars on the device.
 
     Attributes:
-        loss: float32, of the cross-entropies in nats.
-        correct: int32, of the correct predictions.
-        examples: int32, their number.
-        diverged_at: int32, the first step with a loss that is not finite, counted from 1; or 0.
+        loss: float32, the sum of the cross-entropies in nats.
+        correct: int32, the number of correct predictions.
+        examples: int32, the number of examples.
+        diverged_at: int32, the first step whose loss is not finite, counted from 1; 0 if none.
     """
 
     loss: Array
@@ -76,10 +76,11 @@ class StepSums(NamedTuple):
 
     @classmethod
     def zero(cls) -> "StepSums":
+        """Returns the sums over no steps."""
         return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
     def plus(self, other: "StepSums") -> "StepSums":
-        """The sums over both, `self` being the earlier."""
+        """Adds the sums over later steps."""
         diverged_at = jnp.where(self.diverged_at > 0, self.diverged_at, other.diverged_at)
         return StepSums(
             self.loss + other.loss,
@@ -105,25 +106,35 @@ def make_train_step(
 ) -> TrainStep:
     """Makes the pure function that takes one optimizer step.
 
+    With `ema_decay` > 0, step t, counted from 1, also updates the exponential moving average of the
+    parameters:
+
+        decay <- min(ema_decay, (1 + t) / (10 + t))
+        average <- decay * average + (1 - decay) * params
+
+    The second bound lets early averages forget the initial parameters sooner. With `ema_decay` =
+    0.999 it is the smaller one for about the first 9,000 steps.
+
     Args:
         model: the network.
         optimizer: updates its parameters.
         augmentation: `(key, images [B, H, W, C] float, steps taken) -> images`.
-        label_smoothing: share of each target that is spread over all classes.
+        label_smoothing: fraction of each target that is spread evenly over all classes.
         mixup_alpha: see `augment.mixup`; 0 mixes nothing.
-        ema_decay: of the exponential moving average of the parameters in `TrainState.average`;
-            with 0 it is left as it is. It counts what it has seen: after t steps the decay is
-            at most (1 + t) / (10 + t).
+        ema_decay: decay of the average, see above; 0 leaves `TrainState.average` as it is.
 
     Returns:
-        `(state, batch, key) -> (state, metrics)`, to be jitted. The augmentation's key is
-        `key` with the step's number folded in. The metrics' loss and correct predictions are of
-        what was trained on, mixed images and smoothed targets included.
+        `(state, batch, key) -> (state, sums)`, to be jitted. All randomness of the step comes from
+        `key` with the number of steps taken folded in. The sums are over the examples as they were
+        trained on, so they include augmentation, mixup, dropout and label smoothing.
     """
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, StepSums]:
+        # The randomness is a function of the key and the step, so that a run that was interrupted
+        # goes on with the same draws.
         key = jax.random.fold_in(key, state.step)
         images = augmentation(key, to_float(batch.images), state.step)
+        # Targets are one-hot only where they must be mixed: plain labels take less memory and time.
         targets = None
         if label_smoothing or mixup_alpha:
             targets = jax.nn.one_hot(batch.labels, model.num_classes)
@@ -145,7 +156,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        metrics = StepSums(
+        sums = StepSums(
+            # The optimizer's loss is a mean; metrics are exact only as sums (see `StepSums`).
             loss=loss * len(batch.labels),
             correct=(logits.argmax(axis=-1) == batch.labels).sum(dtype=jnp.int32),
             examples=jnp.int32(len(batch.labels)),
@@ -156,7 +168,7 @@ def make_train_step(
             # Without float32, the average would be float64 where JAX_ENABLE_X64 is set.
             decay = jnp.minimum(ema_decay, (1 + step) / jnp.float32(10 + step))
             average = optax.incremental_update(params, average, 1 - decay)
-        return TrainState(step, params, opt_state, average), metrics
+        return TrainState(step, params, opt_state, average), sums
 
     return train_step
 
@@ -168,16 +180,20 @@ def init_state(
     image_shape: tuple[int, int, int],
     average: bool = False,
 ) -> TrainState:
-    """The state before the first step; pure, so that it also works under `jax.eval_shape`.
+    """Makes the state before the first step; pure, so that it also works under `jax.eval_shape`.
 
     Args:
         model: the network.
-        optimizer: of its parameters.
-        key: a PRNG key.
-        image_shape: `(H, W, C)`.
-        average: whether to keep an average of the parameters.
+        optimizer: the optimizer of its parameters.
+        key: a PRNG key for the initial parameters.
+        image_shape: `(H, W, C)` of the images.
+        average: whether to keep an exponential moving average of the parameters.
+
+    Returns:
+        The state, with `step` 0.
     """
     params = model.init(key, jnp.zeros((1, *image_shape)))["params"]
-    # A buffer of its own: both are given up to the first step.
+    # The average needs buffers of its own, because the first step is given (donated) the whole
+    # state, and a buffer can be donated only once.
     copy = jax.tree.map(jnp.copy, params) if average else None
     return TrainState(jnp.int32(0), params, optimizer.init(params), copy)

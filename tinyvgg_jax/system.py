@@ -1,4 +1,4 @@
-"""The machine around a run: its cache folder, compiled programs, freed memory, device, profiler."""
+"""The machine around a run: cache folder, compiled programs, freed memory, device, profiler."""
 
 import contextlib
 import ctypes
@@ -15,72 +15,86 @@ logger = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path | None:
-    """Names the user's cache folder for this package (`$XDG_CACHE_HOME`, or `~/.cache`).
+    """Finds the user's cache folder for this package, in `$XDG_CACHE_HOME` or `~/.cache`.
 
-    None for a user without a home folder. The folder is not made, and nobody can rely on being
-    allowed to make it: what is kept here must be optional.
+    It does not create the folder, and the user may not be allowed to. So whatever is kept there
+    must be optional.
+
+    Returns:
+        The folder, or None for a user without a home folder.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        # The standard says to ignore a relative path, as an address like gs://... is one, too.
+        # The standard says to ignore a relative path, and an address like gs://... is one as well.
         return (root if root.is_absolute() else Path.home() / ".cache") / "tinyvgg_jax"
     except RuntimeError:
         return None
 
 
 def enable_compilation_cache() -> None:
-    """Lets JAX keep compiled programs for the next process, unless it was told where already."""
+    """Makes JAX keep compiled programs for the next process, unless the user has set a folder."""
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     root = cache_dir()
     if root is None:
-        return  # Then each process compiles.
+        return  # Each process compiles for itself then.
     try:
         (root / "compiled").mkdir(parents=True, exist_ok=True)
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", os.fspath(root / "compiled"))
-    # By default, JAX does not keep what compiles within a second; a run has several of those.
+    # By default JAX does not keep a program that compiles within a second. A run has several.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def require_device() -> None:
-    """Makes JAX find its devices, which it would do wherever the first array is made.
+    """Makes JAX look for its devices now, so that a missing one ends in one line.
+
+    Otherwise JAX would look for them wherever the first array is made.
 
     Raises:
-        UserError: if there is none.
+        UserError: if JAX finds no device of the platform that `JAX_PLATFORMS` asks for.
     """
     try:
         jax.devices()
     except Exception as error:
-        # A platform that is not installed is a failed assertion within JAX.
+        # JAX raises an AssertionError for a platform that is not installed, among others.
         wanted = os.environ.get("JAX_PLATFORMS", "any platform")
         raise UserError(
             f"JAX finds no device of {wanted}, as JAX_PLATFORMS asks. Leave it unset, or install "
-            f"what belongs to that platform, like tinyvgg-jax[cuda]. {str(error).strip()}"
+            f"the libraries of that platform, like tinyvgg-jax[cuda]. {str(error).strip()}"
         ) from error
 
 
 def trim_heap() -> None:
-    """Returns freed memory to the system, where the C library (glibc) keeps it.
+    """Returns freed memory to the system, if the C library is glibc, which keeps it.
 
-    Compiling a program leaves tens of MiB of it, and so do large arrays that many threads allocate.
+    Compiling a program leaves tens of MiB of it; so do large arrays that many threads allocate.
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class Profile:
-    """A trace of a few calls of a run, taken after the first calls have compiled and warmed up."""
+    """Profiler for a few calls of a run, after the first calls, which compile and warm up."""
 
     _FIRST, _CALLS = 3, 3
 
     def __init__(self, folder: Path | None):
-        """Args: the folder that receives the trace for XProf or Perfetto; None for no trace."""
+        """Prepares a trace, which begins in `after_call`.
+
+        Args:
+            folder: receives the trace for XProf or Perfetto; None for no trace.
+        """
         self._folder, self._call = folder, 0
 
     def after_call(self, done: Array) -> None:
-        """Begins or ends the trace where it is time; `done` is there when the call has ended."""
+        """Starts or ends the trace when enough calls have been made.
+
+        Args:
+            done: an array that the latest call returned. It is waited for, so that the trace holds
+                whole calls.
+        """
         self._call += 1
         if self._folder and self._call == self._FIRST:
             done.block_until_ready()
@@ -90,12 +104,12 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends the trace."""
+        """Ends the trace, if it has started, and logs where it is."""
         if self._folder and self._call > self._FIRST:
             jax.profiler.stop_trace()
             logger.info("A trace for XProf or Perfetto is in %s.", self._folder)
         elif self._folder:
             if self._call == self._FIRST:
                 jax.profiler.stop_trace()
-            logger.warning("There is no trace: the run was over when it had warmed up.")
+            logger.warning("There is no trace: the run ended before it had warmed up.")
         self._folder = None

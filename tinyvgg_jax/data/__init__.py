@@ -1,4 +1,4 @@
-"""FashionMNIST, or another prepared tfds image set, as uint8 arrays and batches of them."""
+"""FashionMNIST, or another prepared tfds dataset of images, as uint8 arrays and batches."""
 
 from tinyvgg_jax.data.batches import (
     Batch,
@@ -10,7 +10,7 @@ from tinyvgg_jax.data.batches import (
 )
 from tinyvgg_jax.data.splits import DatasetInfo, Split, load_splits
 
-# The splits of every run, by the names that its config gives their specifications.
+# The splits of every run; the config specifies each in the field `data.NAME_split`.
 SPLITS = ("train", "validation", "test")
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Batches as pure functions of (key, epoch, step), and how they come to the device."""
+"""Batches as pure functions of (key, epoch, step), and their way to the device."""
 
 import collections
 import itertools
@@ -12,10 +12,11 @@ from jax import Array
 
 from tinyvgg_jax.data.splits import Split
 
-# Batches under way to the device while it works on an earlier one.
+# Batches that are transferred to the device while it works on an earlier one.
 _PREFETCH = 2
-# Of the device's free memory, what the images may take.
-_SHARE_OF_MEMORY = 0.25
+# Images stay on the device if they take at most this fraction of its free memory, which leaves room
+# for the state and the intermediate results of a step.
+_MEMORY_FRACTION = 0.25
 
 
 class Batch(NamedTuple):
@@ -31,12 +32,12 @@ class Batch(NamedTuple):
 
 
 def epoch_order(key: Array, epoch: int | Array, num_examples: int) -> Array:
-    """The order in which an epoch visits the examples: a permutation, the same on any device.
+    """Draws the order in which an epoch visits the examples; it is the same on any device.
 
     Args:
         key: the run's key for the data order.
         epoch: counted from 0.
-        num_examples: N.
+        num_examples: N, the number of examples.
 
     Returns:
         `[N]` int, a permutation of 0 to N - 1.
@@ -45,16 +46,16 @@ def epoch_order(key: Array, epoch: int | Array, num_examples: int) -> Array:
 
 
 def stream(split: Split, order: np.ndarray, batch_size: int, first_step: int) -> Iterator[Batch]:
-    """Yields the batches of one epoch from the host; a last incomplete one is left out.
+    """Yields the batches of one epoch from the host, without a last incomplete one.
 
     Args:
         split: the examples.
         order: `[N]`, from `epoch_order`.
         batch_size: B.
-        first_step: how many batches to skip, for a run that goes on within an epoch.
+        first_step: the number of batches to skip, for a run that goes on within an epoch.
 
     Yields:
-        Batches on the device, transferred while earlier ones are in use.
+        Batches on the device; each transfer starts two batches before it is needed.
     """
     steps = range(first_step, len(order) // batch_size)
     chosen = (order[step * batch_size : (step + 1) * batch_size] for step in steps)
@@ -66,14 +67,16 @@ def stream(split: Split, order: np.ndarray, batch_size: int, first_step: int) ->
 
 
 def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Batch, int]]:
-    """Yields every example once, in order; the last batch is padded with zeros.
+    """Yields batches that hold every example once, in order; the last is padded with zeros.
+
+    So evaluations are exact, and one compiled program serves all batches.
 
     Args:
         split: the examples.
         batch_size: B.
 
     Yields:
-        A batch of B examples, and how many of them, the first ones, are real.
+        A batch of B examples, and the number of real ones, which come first.
     """
     for start in range(0, len(split), batch_size):
         images = split.images[start : start + batch_size]
@@ -86,15 +89,16 @@ def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Batch, int]]
 
 
 def on_device(split: Split) -> Batch:
-    """All examples of a split on the device: `[N, H, W, C]` uint8 and `[N]` int32."""
+    """Moves all examples of a split to the device: `[N, H, W, C]` uint8 and `[N]` int32."""
     return Batch(*jax.device_put((np.asarray(split.images), np.asarray(split.labels))))
 
 
 def fits_on_device(split: Split) -> bool:
-    """Whether a split's images take little of the memory that the device has free."""
+    """Tells whether a split's images take at most a quarter of the device's free memory."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     else:
+        # A CPU reports no limit; its memory is the machine's.
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return split.images.nbytes <= _SHARE_OF_MEMORY * free
+    return split.images.nbytes <= _MEMORY_FRACTION * free

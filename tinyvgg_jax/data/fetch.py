@@ -1,4 +1,4 @@
-"""Where FashionMNIST's four IDX files come from: the first place that answers."""
+"""Fetching FashionMNIST's four IDX files from the first source that has them."""
 
 import logging
 import shutil
@@ -16,23 +16,26 @@ logger = logging.getLogger(__name__)
 OFFICIAL_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-# Without a network, every attempt must be over in seconds.
+# Seconds to wait for an answer, so that without a network every attempt fails soon.
 _TIMEOUT_SECONDS = 5
-# With a slow one, an attempt may take its time.
+# Seconds for a whole apt-get command, which may have to load lists over a slow network.
 _APT_TIMEOUT_SECONDS = 600
 
 
 def fetch_fashion_mnist(scratch: Path) -> Path:
-    """Finds or fetches the four files, in this order: installed, official, Debian's mirror.
+    """Finds or fetches the four files.
+
+    It tries Debian's installed package, the official download, and Debian's package from a mirror,
+    in this order.
 
     Args:
-        scratch: an existing folder that may be written to.
+        scratch: an existing folder to download into.
 
     Returns:
-        A folder with the four files, their content verified.
+        A folder with the four files, whose content has been verified.
 
     Raises:
-        UserError: if no place answers, with the remedies.
+        UserError: if no source has them; the message lists the failures and remedies.
     """
     attempts: list[tuple[str, Callable[[Path], Path]]] = [
         (str(DEBIAN_FOLDER), lambda _: DEBIAN_FOLDER),
@@ -50,7 +53,7 @@ def fetch_fashion_mnist(scratch: Path) -> Path:
                 raise ValueError("the files are not FashionMNIST's (SHA-256 of their content)")
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             failures.append(f"{name}: {_reason(error)}")
-            logger.info("FashionMNIST not from %s: %s", name, _reason(error))
+            logger.info("FashionMNIST cannot be had from %s: %s", name, _reason(error))
             continue
         logger.info("FashionMNIST comes from %s.", name)
         return folder
@@ -77,12 +80,13 @@ def _download(scratch: Path) -> Path:
 
 
 def _unpack_debian_package(scratch: Path) -> Path:
-    """Downloads the package with apt and unpacks it, installing and changing nothing."""
+    """Downloads the package with apt-get and unpacks it; it needs no root and installs nothing."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise FileNotFoundError("no apt-get on this machine")
     folder = scratch / "debian"
     for part in ("lists/partial", "cache/archives/partial", "unpacked"):
         (folder / part).mkdir(parents=True)
+    # All of apt's own folders are replaced by ones in `scratch`, which this user may write to.
     options = [
         f"-oDir::State::Lists={folder / 'lists'}",
         f"-oDir::Cache={folder / 'cache'}",

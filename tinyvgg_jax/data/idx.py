@@ -1,4 +1,4 @@
-"""The IDX files of the MNIST family: reading them, and knowing that they are whole."""
+"""Reading and verifying the IDX files of MNIST and its relatives."""
 
 import gzip
 import hashlib
@@ -9,8 +9,7 @@ import numpy as np
 
 from tinyvgg_jax.errors import UserError
 
-# SHA-256 of FashionMNIST's decompressed bytes. (The compressed files differ between
-# distributors, who compress anew.)
+# SHA-256 of FashionMNIST's files, decompressed, because each distributor compresses them anew.
 FASHION_MNIST_SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -23,11 +22,24 @@ _NUM_CLASSES = 10
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """The file `name` in `folder`, compressed (`name.gz`) or not; None if there is neither."""
+    """Finds the file `name.gz` or `name` in a folder; None if there is neither."""
     for candidate in (folder / f"{name}.gz", folder / name):
         if candidate.is_file():
             return candidate
     return None
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Reads a file, and decompresses it if its name ends in `.gz`.
+
+    Raises:
+        UserError: if it cannot be read or decompressed.
+    """
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again.") from error
 
 
 def read(path: Path, rank: int) -> np.ndarray:
@@ -41,14 +53,10 @@ def read(path: Path, rank: int) -> np.ndarray:
         A uint8 array of `rank` dimensions.
 
     Raises:
-        UserError: if the file cannot be read, is not IDX, is truncated or too long, or is of
+        UserError: if the file cannot be read, is not IDX, is truncated or too long, or has
             another rank.
     """
-    try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again.") from error
+    content = _read_bytes(path)
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise UserError(f"{path} is not an IDX file of unsigned bytes; fetch it again.")
     if content[3] != rank:
@@ -66,17 +74,17 @@ def read(path: Path, rank: int) -> np.ndarray:
 
 
 def read_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads and checks the four files of a set of the MNIST family.
+    """Reads and checks the four files of MNIST or a dataset of the same layout.
 
     Args:
         folder: holds `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, gzipped or not.
 
     Returns:
-        For "train" and "test": images `[N, H, W]` uint8 and labels `[N]` uint8.
+        Images `[N, H, W]` uint8 and labels `[N]` uint8, for each of "train" and "test".
 
     Raises:
-        UserError: if a file is missing or damaged, counts differ, images of the two splits
-            differ in shape, or a label is not in 0 to 9.
+        UserError: if a file is missing or damaged, if the numbers of images and labels differ, if
+            the images of the two splits differ in shape, or if a label is not in 0 to 9.
     """
     splits = {}
     for split, prefix in _PREFIXES.items():
@@ -99,15 +107,14 @@ def read_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def is_fashion_mnist(folder: Path) -> bool:
-    """Whether all four files in `folder` are FashionMNIST's, to the last byte once decompressed."""
+    """Tells whether a folder holds FashionMNIST's four files, each with the expected content."""
     for name, expected in FASHION_MNIST_SHA256.items():
         path = find(folder, name)
         if path is None:
             return False
         try:
-            raw = path.read_bytes()
-            content = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        except (OSError, EOFError, zlib.error):
+            content = _read_bytes(path)
+        except UserError:
             return False
         if hashlib.sha256(content).hexdigest() != expected:
             return False

@@ -1,4 +1,4 @@
-"""Writes FashionMNIST as a tfds dataset (array_record) without TensorFlow, whole or not at all."""
+"""Writing FashionMNIST as a tfds dataset (array_record), without TensorFlow and in one step."""
 
 import contextlib
 import io
@@ -44,7 +44,8 @@ def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
         source_dir: a folder with four IDX files; None fetches FashionMNIST's.
 
     Raises:
-        UserError: if the files cannot be had or are damaged, or `data_dir` cannot be written.
+        UserError: if the files are damaged or cannot be fetched, or if `data_dir` cannot be
+            written to.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,7 @@ def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
             "pass another folder as --config.data.data_dir."
         ) from error
     try:
+        # The user's own files need not be FashionMNIST's, but fetched ones must be.
         folder = source_dir or fetch.fetch_fashion_mnist(scratch)
         if source_dir and not idx.is_fashion_mnist(source_dir):
             arrays = idx.read_folder(source_dir)
@@ -72,14 +74,17 @@ def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
 def write_dataset(
     arrays: Arrays, name: str, class_names: tuple[str, ...], scratch: Path, data_dir: Path
 ) -> None:
-    """Writes arrays as a tfds dataset: built in `scratch`, then moved into place in one step.
+    """Writes arrays as a tfds dataset.
+
+    It is built in `scratch` and moved into place in one step, so that no process ever sees a part
+    of it.
 
     Args:
-        arrays: for each split, images `[N, H, W]` or `[N, H, W, C]` uint8 and labels `[N]`.
-        name: of the dataset.
-        class_names: names of the labels, in order.
+        arrays: images `[N, H, W]` or `[N, H, W, C]` uint8 and labels `[N]` for each split.
+        name: name of the dataset.
+        class_names: names of the classes, in the order of their labels.
         scratch: a folder on the file system of `data_dir`.
-        data_dir: receives `name/VERSION`. What another process put there first stays.
+        data_dir: receives `name/VERSION`. If another process has written that first, it stays.
     """
     builder = _builder(arrays, name, class_names, scratch / "prepared")
     with _quiet():
@@ -97,18 +102,18 @@ def write_dataset(
 def _builder(
     arrays: Arrays, name: str, class_names: tuple[str, ...], data_dir: Path
 ) -> tfds.core.DatasetBuilder:
-    """A tfds builder of the same name, version and features as tfds's own, fed from arrays."""
+    """Makes a tfds builder with the name, version and features of tfds's own, fed from arrays."""
     shape = next(iter(arrays.values()))[0].shape[1:]
     shape = shape if len(shape) == 3 else (*shape, 1)
 
     class Info(tfds.core.DatasetInfo):
         def initialize_from_bucket(self) -> None:
-            """Does not look for a description of the set in tfds's bucket.
+            """Skips tfds's search for a description of the dataset in its bucket.
 
-            The set is described here, and looking leaves an empty temporary folder behind.
+            The description is given below, and the search leaves an empty temporary folder behind.
             """
 
-    # Registered, it would stand in the way of tfds's own builder and of the next of ours.
+    # tfds registers each builder class by its name, and would refuse the class of a second call.
     with tfds.core.registered.skip_registration():
 
         class Builder(tfds.core.GeneratorBasedBuilder):
@@ -142,7 +147,10 @@ def _builder(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """tfds draws five bars for one short job, and prints where results belong."""
+    """Silences tfds, which draws five progress bars and prints to standard output.
+
+    Standard output is kept for results, which other programs may read.
+    """
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

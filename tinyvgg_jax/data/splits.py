@@ -1,4 +1,4 @@
-"""Splits of a tfds dataset as uint8 arrays, decoded once per machine and then memory-mapped."""
+"""Splits of a tfds dataset as uint8 arrays, decoded once on each machine and then memory-mapped."""
 
 import dataclasses
 import hashlib
@@ -18,6 +18,7 @@ from tinyvgg_jax.system import cache_dir
 
 logger = logging.getLogger(__name__)
 
+# Examples that are read from the dataset's files at a time.
 _DECODE_BATCH = 1000
 _PREPARE_HINT = (
     "Prepare it for data sources, as in "
@@ -28,7 +29,7 @@ _PREPARE_HINT = (
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Some examples of a dataset.
+    """A split: examples of a dataset.
 
     Attributes:
         images: `[N, H, W, C]` uint8.
@@ -44,11 +45,11 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What a model needs to know of a dataset.
+    """Properties of a dataset that a model needs.
 
     Attributes:
-        image_shape: `(H, W, C)`.
-        class_names: in the order of the labels.
+        image_shape: `(H, W, C)` of the images.
+        class_names: names of the classes, in the order of their labels.
     """
 
     image_shape: tuple[int, int, int]
@@ -58,25 +59,25 @@ class DatasetInfo:
 def load_splits(
     name: str, splits: dict[str, str], data_dir: str | None = None, source_dir: str | None = None
 ) -> tuple[dict[str, Split], DatasetInfo]:
-    """Loads splits of a dataset; prepares FashionMNIST first where it is not.
+    """Loads splits of a dataset; prepares FashionMNIST first if it is not prepared yet.
 
     Args:
-        name: of the tfds dataset: "fashion_mnist", or one prepared as array_record.
+        name: name of the tfds dataset: "fashion_mnist", or one prepared as array_record.
         splits: tfds split specifications by name, like `{"validation": "train[55000:]"}`.
-        data_dir: tfds's folder; None is tfds's default, `~/tensorflow_datasets`.
-        source_dir: a folder with FashionMNIST's IDX files, used if nothing is prepared yet.
+        data_dir: tfds's folder of datasets; None for its default, `~/tensorflow_datasets`.
+        source_dir: a folder with IDX files to prepare FashionMNIST from; None fetches them.
 
     Returns:
-        The splits by the same names, and what the dataset says of itself.
+        The splits by the same names, and the properties of the dataset.
 
     Raises:
-        UserError: if the dataset is unknown, unreadable, or not of images with a class each;
-            if a split does not exist or is empty.
+        UserError: if the dataset is unknown or unreadable, or does not consist of images with one
+            class each; if a split does not exist or is empty.
     """
     import tensorflow_datasets as tfds
 
     try:
-        # Some of the programs that prepare a set run in another current folder.
+        # apt-get is started in another current folder, where a relative path would be wrong.
         folder = local_path(data_dir or tfds.core.constants.DATA_DIR).absolute()
     except UserError:
         if data_dir:
@@ -101,7 +102,7 @@ def load_splits(
 
 
 def _find_builder(name: str, data_dir: Path, source_dir: Path | None) -> Any:
-    """A prepared, readable tfds builder."""
+    """Returns a builder of the prepared dataset, after preparing FashionMNIST if necessary."""
     from tinyvgg_jax.data import prepare
 
     builder = _read_only_builder(name, data_dir)
@@ -128,6 +129,7 @@ def _find_builder(name: str, data_dir: Path, source_dir: Path | None) -> Any:
 
 
 def _read_only_builder(name: str, data_dir: Path) -> Any:
+    """Returns a builder that reads what is prepared in `data_dir`; None if nothing is."""
     from tensorflow_datasets.core import read_only_builder, registered
 
     try:
@@ -135,11 +137,12 @@ def _read_only_builder(name: str, data_dir: Path) -> Any:
     except (registered.DatasetNotFoundError, FileNotFoundError):
         return None
     except Exception as error:
-        # tfds raises all kinds of errors on damaged metadata and on ill-formed names.
+        # tfds raises errors of many classes for damaged metadata and for ill-formed names.
         raise UserError(f"the dataset {name!r} in {data_dir} cannot be read: {error}") from error
 
 
 def _describe(builder: Any) -> DatasetInfo:
+    """Reads the properties of a dataset, and checks that it has uint8 images of one size."""
     features = builder.info.features
     try:
         image, label = features["image"], features["label"]
@@ -159,6 +162,7 @@ def _describe(builder: Any) -> DatasetInfo:
 
 
 def _absolute_parts(builder: Any, specification: str) -> list[Any]:
+    """Parses a split specification, like `train[:90%]+test`, to ranges of the dataset's splits."""
     import tensorflow_datasets as tfds
 
     sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
@@ -185,7 +189,7 @@ def _concatenate(splits: list[Split]) -> Split:
 
 
 def _decoded(builder: Any, split: str, info: DatasetInfo) -> Split:
-    """The whole split, from the cache if it is there."""
+    """Returns a whole split of the dataset, from the cache if it is there; else it is put there."""
     root = cache_dir()
     folder = root and root / "decoded" / f"{builder.name}-{split}-{_fingerprint(builder)}"
     shape = (builder.info.splits[split].num_examples, *info.image_shape)
@@ -195,7 +199,7 @@ def _decoded(builder: Any, split: str, info: DatasetInfo) -> Split:
     try:
         images, labels = _decode(builder, split, info)
     except Exception as error:
-        # The readers of array_record, of its examples and of PNG raise exceptions of their own.
+        # The readers of array_record, of its examples and of PNG each raise their own exceptions.
         raise UserError(
             f"{builder.data_path} is damaged ({str(error).strip()}). Remove it and run again."
         ) from error
@@ -204,13 +208,14 @@ def _decoded(builder: Any, split: str, info: DatasetInfo) -> Split:
     try:
         _store(folder, images, labels)
     except OSError as error:
-        logger.warning("Decoded images are not kept: %s", error)
+        logger.warning("The decoded images are not kept for the next start: %s", error)
         return Split(images, labels)
+    # The memory-mapped file takes the place of the array, whose memory is then free.
     return _load(folder, shape) or Split(images, labels)
 
 
 def _load(folder: Path, shape: tuple[int, ...]) -> Split | None:
-    """What `_store` wrote, memory-mapped; None if it is not there or not whole."""
+    """Loads what `_store` wrote, images memory-mapped; None if it is missing or not whole."""
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy")
@@ -221,7 +226,10 @@ def _load(folder: Path, shape: tuple[int, ...]) -> Split | None:
 
 
 def _fingerprint(builder: Any) -> str:
-    """Changes whenever the dataset's files do, so that an old cache is not taken for a new set."""
+    """Hashes the names, sizes and times of the dataset's files.
+
+    It changes when the dataset is prepared anew, so that the old cache is not used for it.
+    """
     files = sorted(Path(builder.data_path).iterdir())
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     content = json.dumps([os.path.realpath(builder.data_path), stats])
@@ -229,6 +237,7 @@ def _fingerprint(builder: Any) -> str:
 
 
 def _decode(builder: Any, split: str, info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes all examples of a split: images `[N, H, W, C]` uint8 and labels `[N]` int32."""
     source = builder.as_data_source(split=split)
     logger.info("Decoding %s's %s split, once on this machine ...", builder.name, split)
     images = np.empty((len(source), *info.image_shape), np.uint8)
@@ -241,11 +250,11 @@ def _decode(builder: Any, split: str, info: DatasetInfo) -> tuple[np.ndarray, np
 
 
 def _store(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes the arrays in one step: another process sees all of them or none."""
+    """Writes the arrays in one step, so that another process sees either both or none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
-        if folder.is_dir():  # It was looked at, and is not whole.
+        if folder.is_dir():  # `_load` has found that it is not whole.
             shutil.rmtree(folder, ignore_errors=True)
         else:
             folder.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""The operations that are written for speed on a CPU: convolution and pooling. See README.md."""
+"""Convolution and pooling, in plain JAX and in forms that are fast on a CPU. See README.md."""

@@ -1,23 +1,23 @@
-"""The 2x2 max pooling of the model: in plain JAX, and with a gradient that needs less memory."""
+"""2x2 max pooling: in plain JAX, and with a gradient that needs less time and memory."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# Of the pixels of a square, [i, 1, j, 1] to be seen beside [B, h, i, w, j, C].
+# Bit number 2i + j of pixel (i, j), shaped to broadcast against [B, h, 2, w, 2, C].
 _BITS = np.arange(4, dtype=np.uint8).reshape(2, 1, 2, 1)
 
 
 def _squares(x: Array) -> Array:
-    """`[B, H // 2, 2, W // 2, 2, C]`: an odd last row or column is left out."""
+    """Reshapes to `[B, H // 2, 2, W // 2, 2, C]`, without an odd last row or column."""
     B, H, W, C = x.shape
     even = x[:, : H // 2 * 2, : W // 2 * 2]
     return even.reshape(B, H // 2, 2, W // 2, 2, C)
 
 
 def _from_squares(squares: Array, size: tuple[int, ...]) -> Array:
-    """`[B, H, W, C]`, with zeros in an odd last row or column."""
+    """Undoes `_squares`: `[B, H, W, C]`, with zeros in an odd last row or column."""
     (H, W), (B, h, _, w, _, C) = size, squares.shape
     even = squares.reshape(B, 2 * h, 2 * w, C)
     return jnp.pad(even, ((0, 0), (0, H - 2 * h), (0, W - 2 * w), (0, 0)))
@@ -26,9 +26,10 @@ def _from_squares(squares: Array, size: tuple[int, ...]) -> Array:
 def max_pool_2x2(x: Array) -> Array:
     """Takes the maximum of each 2x2 square; an odd last row or column is left out.
 
-    Differentiable any number of times, forwards and backwards; the gradient is shared out equally
-    among equal maxima. Slices and a maximum, not `lax.reduce_window`, whose second derivatives JAX
-    does not have, and not a reshape, which explicit mesh axes do not allow.
+    It works under every JAX transformation and is differentiable any number of times, forwards and
+    backwards; equal maxima receive equal parts of the gradient. It takes slices and their maximum
+    because JAX has no second derivative of `lax.reduce_window`, and because explicit mesh axes do
+    not allow the reshape of `lean_max_pool_2x2`.
 
     Args:
         x: `[B, H, W, C]`.
@@ -45,8 +46,8 @@ def max_pool_2x2(x: Array) -> Array:
 def lean_max_pool_2x2(x: Array) -> Array:
     """Computes `max_pool_2x2` with a gradient that needs less time and memory.
 
-    Reverse-mode differentiable, once. It is a reshape and a maximum, because on a CPU the gradient
-    of `lax.reduce_window` is ten times slower.
+    It is differentiable in reverse mode only, and only once. It takes a reshape and a maximum
+    because on a CPU the gradient of `lax.reduce_window` is ten times slower.
 
     Args:
         x: `[B, H, W, C]`.
@@ -59,16 +60,16 @@ def lean_max_pool_2x2(x: Array) -> Array:
 
 def _forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
     output = lean_max_pool_2x2(x)
-    # Both are there anyway. JAX's own derivative keeps a third array, the places of the maxima,
-    # as large as the input.
+    # Input and output are in memory anyway. JAX's own derivative would keep a third array, the
+    # places of the maxima, as large as the input.
     return output, (x, output)
 
 
 def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array]:
     x, output = residuals
     is_maximum = _squares(x) == output[:, :, None, :, None]
-    share = gradient / is_maximum.sum(axis=(2, 4)).astype(gradient.dtype)
-    of_squares = jnp.where(is_maximum, share[:, :, None, :, None], 0)
+    gradient_share = gradient / is_maximum.sum(axis=(2, 4)).astype(gradient.dtype)
+    of_squares = jnp.where(is_maximum, gradient_share[:, :, None, :, None], 0)
     return (_from_squares(of_squares, x.shape[1:3]),)
 
 
@@ -76,29 +77,30 @@ lean_max_pool_2x2.defvjp(_forward, _backward)
 
 
 def maxima_mask(x: Array, pooled: Array) -> Array:
-    """Where the maxima of the 2x2 squares are, in a byte each.
+    """Marks the maxima of each 2x2 square by the bits of one byte.
 
     Args:
         x: `[B, H, W, C]`.
         pooled: `lean_max_pool_2x2(x)`.
 
     Returns:
-        `[B, H // 2, W // 2, C]` uint8: the bit 2i + j is set if the pixel i, j is a maximum.
+        `[B, H // 2, W // 2, C]` uint8: bit 2i + j is set if pixel (i, j) is a maximum.
     """
     is_maximum = (_squares(x) == pooled[:, :, None, :, None]).astype(jnp.uint8)
     return (is_maximum << _BITS).sum(axis=(2, 4), dtype=jnp.uint8)
 
 
-def scatter_to_maxima(share: Array, maxima: Array, size: tuple[int, ...]) -> Array:
-    """The gradient of what is pooled, of which each maximum has its square's share.
+def scatter_to_maxima(gradient_share: Array, maxima: Array, size: tuple[int, ...]) -> Array:
+    """Computes the gradient of the pooling's input, which is zero except at the maxima.
 
     Args:
-        share: `[B, H // 2, W // 2, C]`.
-        maxima: the same shape, from `maxima_mask`.
+        gradient_share: `[B, H // 2, W // 2, C]`, the gradient of each square's maximum divided by
+            the number of pixels that have it.
+        maxima: `[B, H // 2, W // 2, C]` uint8, from `maxima_mask`.
         size: H and W.
 
     Returns:
-        `[B, H, W, C]`.
+        `[B, H, W, C]`, the dtype of `gradient_share`.
     """
     is_maximum = maxima[:, :, None, :, None] >> _BITS & 1
-    return _from_squares(jnp.where(is_maximum, share[:, :, None, :, None], 0), size)
+    return _from_squares(jnp.where(is_maximum, gradient_share[:, :, None, :, None], 0), size)

@@ -1,22 +1,36 @@
-/* SAME 3x3 convolutions on a CPU by Winograd's F(2x2, 3x3), as XLA custom calls.
+/* SAME 3x3 convolutions on a CPU by Winograd's F(2x2, 3x3), as XLA custom calls. README.md beside
+   this file derives the formulas; Lavin & Gray (arXiv:1509.09308) introduced them.
 
-   Two by two output pixels and the four by four input pixels that they see are a tile. A tile
-   is transformed to 16 numbers a channel; there the convolution is a product by the transformed
-   kernel, one matrix product for each of the 16 (Lavin & Gray, arXiv:1509.09308). That is 2.25
-   times fewer multiplications, and rounds about as a direct convolution does. The input's
-   gradient is the convolution with the turned kernel, and the kernel's gradient is a sum over
-   tiles of products in the same 16 numbers.
+   A tile is a square of 2x2 output pixels, with the 4x4 input pixels that they depend on. With d
+   the input of a tile in one channel and g the 3x3 kernel of that channel,
 
-   The two by two output pixels of a tile are a square of the pooling, too. So a convolution with
-   pooling behind it never writes what is pooled: only the maxima, and for the gradient a byte that
-   says which of the four they were. The gradient of what is pooled is never written, either: it is
-   made, where it is read, from these bytes and the share of the gradient that each maximum gets.
+     output = A' [(G g G') * (B' d B)] A,    ' the transpose, * the product element by element,
 
-   Arrays are float32 and dense: images [B, H, W, C], kernels [3, 3, C, O]. Tiles go through
-   in chunks that stay in the cache, spread over XLA's own threads. A result does not depend on
-   which thread computed what, but on their number: it is the number of pieces into which the sum
-   of a kernel's gradient is split. Splitting it always alike would cost a buffer of the kernel's
-   size, 4 MB, for each of as many pieces as a large processor has threads. */
+          [1  0 -1  0]        [ 1    0    0 ]
+     B' = [0  1  1  0]    G = [1/2  1/2  1/2]    A' = [1  1  1  0]
+          [0 -1  1  0]        [1/2 -1/2  1/2]         [0  1 -1 -1]
+          [0  1  0 -1]        [ 0    0    1 ]
+
+   Summed over the input channels, each of the 16 elements of the bracket is a matrix product of
+   its own, [tiles, C] by [C, O]. That takes 16 multiplications where a direct convolution takes
+   36, and rounds about as a direct convolution does. The gradients take the same matrices:
+
+     input gradient  = the convolution of the output's gradient with the kernel rotated by 180
+                       degrees, its input and output channels exchanged;
+     kernel gradient = G' [sum over tiles of (B' d B) * (A e A')] G, e the tile's 2x2 pixels of the
+                       output's gradient.
+
+   The 2x2 output pixels of a tile are also a square of the 2x2 max pooling. So a convolution with
+   pooling behind it writes only the maximum of each square, never the four pixels. For the
+   gradient it also writes a byte that says which of the four were the maximum. The gradient of the
+   four pixels is never written, either: it is computed wherever it is read, from this byte and the
+   pooled gradient, divided among the maxima.
+
+   Arrays are float32 and dense: images [B, H, W, C], kernels [3, 3, C, O]. The tiles are processed
+   in chunks that fit the cache, on XLA's own threads. A result does not depend on which thread
+   computed what, but on the number of threads, because the sum of a kernel's gradient is split into
+   as many pieces. Always splitting it alike would cost a buffer of the transformed kernel's size,
+   4 MB, for each of as many pieces as a large processor has threads. */
 
 #include <math.h>
 #include <sched.h>
@@ -27,7 +41,7 @@
 
 #include "xla/ffi/api/c_api.h"
 
-/* The matrix product keeps ROWS x COLUMNS sums in registers. */
+/* A vector has LANES floats. The matrix product keeps ROWS x COLUMNS sums in registers. */
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 12
@@ -43,7 +57,8 @@
 #endif
 #define COLUMNS (2 * LANES)
 
-/* Floats of transformed tiles that a thread works on at a time, and tiles at the least. */
+/* A thread transforms this many floats (1 MiB) of tiles before it multiplies them, so that they are
+   still in the cache then; and at least MIN_CHUNK tiles. */
 #define CHUNK_FLOATS (256 * 1024)
 #define MIN_CHUNK (4 * ROWS)
 
@@ -55,7 +70,8 @@ static long min(long a, long b) { return a < b ? a : b; }
 static long max(long a, long b) { return a > b ? a : b; }
 static long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-/* ---- Memory: buffers are kept for the next call, because fresh pages cost as much as the work. */
+/* ---- Memory. Buffers are kept for the next call, because fresh pages cost the system as much time
+   as the computation takes. */
 
 #define KEPT 16
 static struct {
@@ -69,8 +85,9 @@ static void lock(void) {
 }
 static void unlock(void) { atomic_flag_clear_explicit(&kept_lock, memory_order_release); }
 
-/* A buffer: the smallest kept one that will do, or else a new one instead of the largest that is
-   a little too small. NULL where there is no memory. */
+/* Returns a buffer: the smallest kept one that is large enough, unless it is far too large (some 16
+   times); or else a new one, which replaces the largest of those that are a little too small (by up
+   to 16 times). NULL if memory has run out. */
 static float *borrow(size_t floats, size_t *size) {
   float *data = NULL, *too_small = NULL;
   int fits = -1, nearly = -1;
@@ -95,6 +112,7 @@ static float *borrow(size_t floats, size_t *size) {
   return data;
 }
 
+/* Keeps a buffer for the next call; if all places are taken, the smallest one kept is freed. */
 static void give_back(float *data, size_t size) {
   if (!data) return;
   lock();
@@ -113,7 +131,8 @@ static void give_back(float *data, size_t size) {
   free(dropped);
 }
 
-/* ---- Threads: tasks are taken by whoever is free; the caller never waits for one not begun. */
+/* ---- Threads. Each free thread takes the next task. The caller takes tasks too and waits only for
+   tasks that have begun, so that it cannot deadlock when all of XLA's threads are busy. */
 
 typedef void Task(void *argument, long index);
 typedef struct {
@@ -130,6 +149,7 @@ static void take_tasks(Loop *loop) {
   }
 }
 
+/* The last to leave frees the loop: a helper may start only after the caller has rerotated. */
 static void leave(Loop *loop) {
   if (atomic_fetch_sub(&loop->users, 1) == 1) free(loop);
 }
@@ -155,6 +175,7 @@ static long num_threads(const XLA_FFI_CallFrame *frame) {
   return max(threads, 1);
 }
 
+/* Calls task(argument, i) for i = 0 to count - 1 on XLA's threads and waits for all. */
 static void parallel_for(const XLA_FFI_CallFrame *frame, long count, Task *task, void *argument) {
   long helpers = min(num_threads(frame), count) - 1;
   Loop *loop = helpers > 0 ? malloc(sizeof *loop) : NULL;
@@ -183,7 +204,7 @@ static void parallel_for(const XLA_FFI_CallFrame *frame, long count, Task *task,
 
 /* ---- Matrix product */
 
-/* c[r][n] = or += sum over d of a[r, d] b[d][n], for ROWS x COLUMNS. */
+/* c[r][n] = sum over d of a[r][d] b[d][n], or += with `add`, for ROWS x COLUMNS elements. */
 static INLINE void product_block(
     long depth, const float *a, long a_row, long a_depth, const float *b, long b_depth, float *c,
     long c_row, int add) {
@@ -205,7 +226,8 @@ static INLINE void product_block(
   }
 }
 
-/* M is a multiple of ROWS, N of COLUMNS; b comes in panels of COLUMNS columns. */
+/* c = or += a b for a [M, K] and b [K, N]. M is a multiple of ROWS, N of COLUMNS; b is stored in
+   panels of COLUMNS columns. */
 static void product(long M, long N, long K, const float *a, long a_row, long a_depth,
                     const float *b, long b_panel, long b_depth, float *c, long c_row, int add) {
   for (long n = 0; n < N; n += COLUMNS)
@@ -219,18 +241,19 @@ static void product(long M, long N, long K, const float *a, long a_row, long a_d
 typedef struct {
   long B, H, W, C, O;
   long tiles_h, tiles_w, tiles;
-  long O_up;       /* O, rounded up to whole panels */
-  long chunk;      /* tiles at a time, a multiple of ROWS */
-  long chunks;
-  long v_step;     /* from one of the 16 to the next, in floats: transformed input, */
-  long m_step;     /* transformed output, */
-  long u_step;     /* transformed kernel */
-  const float *zeros;
-  atomic_int failed; /* for want of memory */
+  long O_up;   /* O, rounded up to whole panels */
+  long chunk;  /* tiles in a chunk, a multiple of ROWS */
+  long chunks; /* number of chunks */
+  /* Distance in floats from one of a tile's 16 elements to the next: */
+  long v_step;        /* in v, the transformed input */
+  long m_step;        /* in m, the transformed output or its gradient */
+  long u_step;        /* in u, the transformed kernel */
+  const float *zeros; /* stands for the pixels outside of an image */
+  atomic_int failed;  /* whether memory ran out */
 } Plan;
 
-/* Convolutions from C to O channels of images [B, H, W, any]. Of an odd number of rows or columns
-   the last is in no square of a pooling. */
+/* Plans a convolution of images [B, H, W, any] from C to O channels. `only_squares` leaves out an
+   odd last row or column, which belongs to no square of the pooling. */
 static void make_plan(Plan *plan, const int64_t *images, long C, long O, int only_squares,
                       const float *zeros) {
   plan->B = images[0], plan->H = images[1], plan->W = images[2];
@@ -244,7 +267,7 @@ static void make_plan(Plan *plan, const int64_t *images, long C, long O, int onl
   plan->chunks = (plan->tiles + plan->chunk - 1) / plan->chunk;
   plan->chunk = round_up((plan->tiles + plan->chunks - 1) / plan->chunks, ROWS);
   plan->chunks = (plan->tiles + plan->chunk - 1) / plan->chunk;
-  /* The odd 16: or the 16 streams would fall on the same lines of the cache. */
+  /* The extra 16 floats keep the 16 streams from falling into the same sets of the cache. */
   plan->v_step = plan->chunk * plan->C + ROWS + 16;
   plan->m_step = plan->chunk * plan->O_up + 16;
   plan->u_step = plan->C * plan->O_up + 16;
@@ -252,7 +275,8 @@ static void make_plan(Plan *plan, const int64_t *images, long C, long O, int onl
   atomic_init(&plan->failed, 0);
 }
 
-/* Where the tile's pixels lie: rows and columns `from` to `from` + n - 1 of the tile. */
+/* Finds the tile's pixels: the n x n addresses of rows and columns `from` to `from` + n - 1,
+   counted from the tile's first output pixel. Pixels outside of the image lie in `zeros`. */
 static void locate(const Plan *plan, const float *x, long channels, long tile, int from, int n,
                    const float **pixels) {
   long column = tile % plan->tiles_w, row = tile / plan->tiles_w % plan->tiles_h;
@@ -265,28 +289,34 @@ static void locate(const Plan *plan, const float *x, long channels, long tile, i
     }
 }
 
-/* What a gradient passed on its way here, the other being NULL: a ReLU with these outputs, or after
-   it a pooling with these maxima, a byte a square. */
+/* Where a gradient goes through; one of the two is NULL:
+     `outputs`, those of the ReLU, let it through where they are positive;
+     `maxima`, a byte for each pooling square, let it through to pixel (i, j) if bit 2i + j is 1. */
 typedef struct {
   const float *outputs;
   const uint8_t *maxima;
-} Passed;
+} Gate;
 
-/* A pixel of a pooled gradient: the square's share, if the pixel is one of the square's maxima. The
-   value is read in any case, here and below, or the compiler would make a jump of the condition. */
-static INLINE float share_of(const float *share, const uint8_t *maxima, int pixel, long c) {
-  float value = share[c];
+/* The gradient of one pixel of a pooling square: `gradient_share`, the square's gradient divided by
+   its number of maxima, if the pixel is one of them. The value is read in any case, here and below,
+   because the compiler would turn a conditional read into a jump. */
+static INLINE float through_pooling(const float *gradient_share, const uint8_t *maxima, int pixel,
+                                    long c) {
+  float value = gradient_share[c];
   return maxima[c] >> pixel & 1 ? value : 0;
 }
 
-/* A pixel of the gradient of a ReLU, whose output was y. */
+/* The gradient of one pixel before a ReLU, whose output was y. */
 static INLINE float through_relu(const float *gradient, const float *y, long c) {
   float value = gradient[c];
   return y[c] > 0 ? value : 0;
 }
 
-/* v = B' d B for each channel, d the tile's 4x4 pixels; of a ReLU's gradient, if `outputs` is not
-   NULL; or if `maxima` is not NULL, parts of the 3x3 squares `d` of a pooled gradient. */
+/* v = B' d B for each channel, d being the 4x4 pixels of a tile:
+     with neither `outputs` nor `maxima`, the pixels themselves;
+     with `outputs`, a gradient behind a ReLU, let through where the outputs are positive;
+     with `maxima`, a pooled gradient, of which `d` holds the 3x3 squares that the 4x4 pixels lie in
+     (the tile's own square, and one row or column of each of its neighbours). */
 static INLINE void transform_4x4(const Plan *plan, const float **d, const float **outputs,
                                  const uint8_t **maxima, float *v) {
   long step = plan->v_step;
@@ -298,10 +328,10 @@ static INLINE void transform_4x4(const Plan *plan, const float **d, const float 
       float a, b, e, f;
       if (maxima) {
         int k = (j + 1) / 2, right = (j + 1) % 2;
-        a = share_of(d[k], maxima[k], 2 + right, c);
-        b = share_of(d[3 + k], maxima[3 + k], right, c);
-        e = share_of(d[3 + k], maxima[3 + k], 2 + right, c);
-        f = share_of(d[6 + k], maxima[6 + k], right, c);
+        a = through_pooling(d[k], maxima[k], 2 + right, c);
+        b = through_pooling(d[3 + k], maxima[3 + k], right, c);
+        e = through_pooling(d[3 + k], maxima[3 + k], 2 + right, c);
+        f = through_pooling(d[6 + k], maxima[6 + k], right, c);
       } else if (outputs) {
         a = through_relu(d[j], outputs[j], c);
         b = through_relu(d[4 + j], outputs[4 + j], c);
@@ -337,10 +367,10 @@ static void transform_relu_gradient(const Plan *plan, const float *gradient, con
   transform_4x4(plan, pixels, outputs, NULL, v);
 }
 
-static void transform_pooled_gradient(const Plan *plan, const float *share, const uint8_t *maxima,
-                                      long tile, float *v) {
+static void transform_pooled_gradient(const Plan *plan, const float *gradient_share,
+                                      const uint8_t *maxima, long tile, float *v) {
   const float *shares[9];
-  const uint8_t *which[9];
+  const uint8_t *masks[9];
   long H = plan->H / 2, W = plan->W / 2;
   long column = tile % plan->tiles_w, row = tile / plan->tiles_w % plan->tiles_h;
   long image = tile / (plan->tiles_w * plan->tiles_h);
@@ -348,14 +378,15 @@ static void transform_pooled_gradient(const Plan *plan, const float *share, cons
     for (int j = 0; j < 3; j++) {
       long h = row - 1 + i, w = column - 1 + j, at = ((image * H + h) * W + w) * plan->C;
       int inside = 0 <= h && h < H && 0 <= w && w < W;
-      shares[3 * i + j] = inside ? share + at : plan->zeros;
-      which[3 * i + j] = inside ? maxima + at : (const uint8_t *)plan->zeros;
+      shares[3 * i + j] = inside ? gradient_share + at : plan->zeros;
+      masks[3 * i + j] = inside ? maxima + at : (const uint8_t *)plan->zeros;
     }
-  transform_4x4(plan, shares, NULL, which, v);
+  transform_4x4(plan, shares, NULL, masks, v);
 }
 
-/* m = A g A' for each channel, g the gradient of the tile's 2x2 output pixels: of the ReLU whose
-   outputs these are; or if `maxima` is not NULL, of a pooling, g[0] being the square's. */
+/* m = A e A' for each channel, e being the gradient of the tile's 2x2 output pixels: `g`, let
+   through where the ReLU's `outputs` are positive; or with `maxima`, the square's `g[0]`, let
+   through to the maxima. */
 static INLINE void transform_2x2(const Plan *plan, const float **g, const float **outputs,
                                  const uint8_t *maxima, float *m) {
   long step = plan->m_step;
@@ -366,7 +397,7 @@ static INLINE void transform_2x2(const Plan *plan, const float **g, const float 
     for (int j = 0; j < 2; j++) {
       float a, b;
       if (maxima)
-        a = share_of(g[0], maxima, j, o), b = share_of(g[0], maxima, 2 + j, o);
+        a = through_pooling(g[0], maxima, j, o), b = through_pooling(g[0], maxima, 2 + j, o);
       else
         a = through_relu(g[j], outputs[j], o), b = through_relu(g[2 + j], outputs[2 + j], o);
       t[j] = a, t[2 + j] = a + b, t[4 + j] = a - b, t[6 + j] = -b;
@@ -384,20 +415,22 @@ static INLINE void transform_2x2(const Plan *plan, const float **g, const float 
     for (long o = plan->O; o < plan->O_up; o++) m[k * step + o] = 0;
 }
 
-static void transform_gradient(const Plan *plan, const float *gradient, Passed passed, long tile,
+static void transform_gradient(const Plan *plan, const float *gradient, Gate gate, long tile,
                                float *m) {
   const float *pixels[4] = {gradient + tile * plan->O}, *outputs[4];
-  if (passed.maxima) {
-    transform_2x2(plan, pixels, NULL, passed.maxima + tile * plan->O, m);
+  if (gate.maxima) {
+    transform_2x2(plan, pixels, NULL, gate.maxima + tile * plan->O, m);
   } else {
     locate(plan, gradient, plan->O, tile, 0, 2, pixels);
-    locate(plan, passed.outputs, plan->O, tile, 0, 2, outputs);
+    locate(plan, gate.outputs, plan->O, tile, 0, 2, outputs);
     transform_2x2(plan, pixels, outputs, NULL, m);
   }
 }
 
-/* s = A' m A + bias, the tile's 2x2 output pixels, for each channel of `from` to `to` - 1. They
-   become no less than `least`; or if `maxima` is not NULL, their maximum does. */
+/* s = A' m A + bias, the tile's 2x2 output pixels, for each channel from `from` to `to` - 1. Writes
+   max(s, least) for each pixel: a ReLU if `least` is 0, and s itself if it is -INFINITY. With
+   `maxima`, writes only the largest of the four, and sets the bits of the pixels that have it; none
+   if it is not above `least`, because then ReLU lets no gradient through. */
 static INLINE void transform_back(const Plan *plan, const float *m, const float *bias, float least,
                                   long from, long to, float **y, uint8_t *maxima) {
   long step = plan->m_step;
@@ -412,14 +445,14 @@ static INLINE void transform_back(const Plan *plan, const float *m, const float 
     }
     s[0] = t[0] + t[1] + t[2] + bias[o], s[1] = t[1] - t[2] - t[3] + bias[o];
     s[2] = t[4] + t[5] + t[6] + bias[o], s[3] = t[5] - t[6] - t[7] + bias[o];
-    /* In these orders a NaN stays one. */
+    /* The comparisons are written in the directions that let a NaN through to the output. */
     if (maxima) {
       float most = s[0];
 #pragma GCC unroll 3
       for (int i = 1; i < 4; i++) most = (s[i] > most) | (s[i] != s[i]) ? s[i] : most;
-      int which = (s[0] == most) | (s[1] == most) << 1 | (s[2] == most) << 2 | (s[3] == most) << 3;
+      int mask = (s[0] == most) | (s[1] == most) << 1 | (s[2] == most) << 2 | (s[3] == most) << 3;
       y[0][o] = most < least ? least : most;
-      maxima[o] = most > least ? which : 0;
+      maxima[o] = most > least ? mask : 0;
     } else {
 #pragma GCC unroll 4
       for (int i = 3; i >= 0; i--) y[i][o] = s[i] < least ? least : s[i];
@@ -427,7 +460,7 @@ static INLINE void transform_back(const Plan *plan, const float *m, const float 
   }
 }
 
-/* Pixels outside of the image go nowhere. */
+/* Writes the pixels of a tile; those outside of the image are written to `nowhere`. */
 static void transform_output(const Plan *plan, const float *m, long tile, const float *bias,
                              float least, long from, long to, float *y, float *nowhere) {
   const float *pixels[4];
@@ -447,16 +480,17 @@ static void transform_and_pool(const Plan *plan, const float *m, const float *bi
 typedef struct {
   Plan plan;
   const float *x, *kernel, *bias;
-  Passed x_passed; /* of a gradient */
-  float least;  /* of the output: 0 for a ReLU */
-  float *u, *y; /* u is NULL where each task transforms its own panels. */
-  uint8_t *maxima; /* of the pooling, NULL where none follows */
-  long groups; /* of panels, for threads that would have no chunk */
-  /* The kernel [3, 3, in, out] as seen by this convolution: where it begins, and strides. */
+  Gate x_gate;     /* where x, if it is a gradient, goes through */
+  float least;     /* lower bound of the output: 0 for a ReLU */
+  float *u, *y;    /* u is NULL if each task transforms the panels that it needs */
+  uint8_t *maxima; /* of the pooling; NULL if none follows */
+  long groups;     /* groups of panels: more tasks where there are fewer chunks than threads */
+  /* How this convolution reads the kernel [3, 3, in, out]: the offset of its first element, and the
+     strides. A rotated kernel begins at the last of the nine and has a negative stride. */
   long first, tap, in, out;
 } Forward;
 
-/* u = G g G' for one panel of output channels, [C, COLUMNS] for each of the 16. */
+/* u = G g G' for one panel of output channels: [C, COLUMNS] for each of the 16 elements. */
 static INLINE void transform_kernel_panel(
     const Forward *f, long panel, long out, float *u, long step) {
   long columns = min(f->plan.O - panel * COLUMNS, COLUMNS), tap = f->tap;
@@ -486,6 +520,7 @@ static INLINE void transform_kernel_panel(
   }
 }
 
+/* With the stride 1 as a constant, the compiler reads whole vectors of the kernel. */
 static void transform_panel(const Forward *f, long panel, float *u, long step) {
   if (f->out == 1)
     transform_kernel_panel(f, panel, 1, u, step);
@@ -498,11 +533,12 @@ static void transform_kernel(void *argument, long panel) {
   transform_panel(f, panel, f->u + panel * f->plan.C * COLUMNS, f->plan.u_step);
 }
 
-/* One chunk of the tiles, and one group of the panels of output channels. */
+/* Convolves one chunk of the tiles for one group of the panels of output channels: transforms the
+   input, takes the 16 matrix products m = v u, and transforms back. */
 static void convolve_chunk(void *argument, long index) {
   Forward *f = argument;
   Plan *plan = &f->plan;
-  /* The transformed kernel: of all panels, or where nobody else needs it, of one at a time. */
+  /* With one chunk no other task needs the transformed panels, so only one at a time is kept. */
   long u_step = f->u ? plan->u_step : plan->C * COLUMNS + 16;
   size_t size;
   float *v = borrow(16 * (plan->v_step + plan->m_step + (f->u ? 0 : u_step)) + plan->O, &size);
@@ -517,10 +553,10 @@ static void convolve_chunk(void *argument, long index) {
   long first = index / f->groups * plan->chunk, n = min(plan->chunk, plan->tiles - first);
   long from = panel * COLUMNS, to = min(end * COLUMNS, plan->O);
   for (long t = 0; t < n; t++)
-    if (f->x_passed.maxima)
-      transform_pooled_gradient(plan, f->x, f->x_passed.maxima, first + t, v + t * plan->C);
-    else if (f->x_passed.outputs)
-      transform_relu_gradient(plan, f->x, f->x_passed.outputs, first + t, v + t * plan->C);
+    if (f->x_gate.maxima)
+      transform_pooled_gradient(plan, f->x, f->x_gate.maxima, first + t, v + t * plan->C);
+    else if (f->x_gate.outputs)
+      transform_relu_gradient(plan, f->x, f->x_gate.outputs, first + t, v + t * plan->C);
     else
       transform_input(plan, f->x, first + t, v + t * plan->C);
   for (long p = panel; p < end; p = f->u ? end : p + 1) {
@@ -546,14 +582,15 @@ static void convolve_chunk(void *argument, long index) {
 typedef struct {
   Plan plan;
   const float *x, *gradient;
-  Passed passed; /* by the gradient */
-  float *sums; /* of each piece [16, C rounded up to ROWS, O_up], and of the gradient [O_up] */
+  Gate gate;   /* where the gradient goes through */
+  float *sums; /* for each piece, v' m [16, C_up, O_up] and the gradient's sum [O_up] */
   float *of_kernel, *of_bias;
-  long pieces, C_up, product_size, piece_size; /* in floats */
+  long pieces, C_up;             /* C_up: C, rounded up to a multiple of ROWS */
+  long product_size, piece_size; /* in floats */
 } ParameterGradient;
 
-/* The gradient's sum over some tiles, to `total` or added to it. Of the 16 numbers of a tile, the
-   sixth is the sum of its pixels. */
+/* Writes the gradient's sum over some tiles to `total`, or adds it. Element (1, 1) of A e A', the
+   sixth of the 16, is the sum of the tile's four pixels, because row 1 of A is [1, 1]. */
 static void sum_gradient(const Plan *plan, const float *m, long tiles, float *sum, float *total,
                          int add) {
   memset(sum, 0, plan->O_up * sizeof(float));
@@ -564,7 +601,9 @@ static void sum_gradient(const Plan *plan, const float *m, long tiles, float *su
   for (long o = 0; o < plan->O_up; o++) total[o] = add ? total[o] + sum[o] : sum[o];
 }
 
-/* The sum over one piece of the tiles; the pieces are the same whoever computes them. */
+/* Sums v' m over one piece of the tiles: for each of the 16 elements [C, tiles] by [tiles, O], v
+   being B' d B and m being A e A'. Where a piece begins and ends does not depend on the thread that
+   computes it, so that the sum is the same in every run. */
 static void sum_piece(void *argument, long index) {
   ParameterGradient *f = argument;
   Plan *plan = &f->plan;
@@ -582,7 +621,7 @@ static void sum_piece(void *argument, long index) {
     long n = min(plan->chunk, end - first);
     for (long t = 0; t < n; t++) {
       transform_input(plan, f->x, first + t, v + t * plan->C);
-      transform_gradient(plan, f->gradient, f->passed, first + t, m + t * plan->O_up);
+      transform_gradient(plan, f->gradient, f->gate, first + t, m + t * plan->O_up);
     }
     for (int k = 0; k < 16; k++)
       product(f->C_up, plan->O_up, n, v + k * plan->v_step, 1, plan->C, m + k * plan->m_step,
@@ -592,7 +631,7 @@ static void sum_piece(void *argument, long index) {
   give_back(v, size);
 }
 
-/* G' s G for one input channel, s the sum of the pieces. */
+/* The kernel's gradient G' s G for one input channel, s being the sum of all pieces. */
 static void transform_sums(void *argument, long c) {
   ParameterGradient *f = argument;
   long O = f->plan.O, tap = f->plan.C * O;
@@ -623,6 +662,7 @@ static void transform_sums(void *argument, long c) {
   }
 }
 
+/* The bias's gradient: the output's gradient, summed over all pixels. */
 static void sum_bias(const ParameterGradient *f) {
   for (long o = 0; o < f->plan.O; o++) {
     f->of_bias[o] = 0;
@@ -631,7 +671,7 @@ static void sum_bias(const ParameterGradient *f) {
   }
 }
 
-/* ---- What XLA calls */
+/* ---- The functions that XLA calls */
 
 static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int i) {
   return frame->args.args[i];
@@ -641,9 +681,10 @@ static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int i) {
   return frame->rets.rets[i];
 }
 
-/* Answers XLA's question of what this handler was compiled for. */
-static int describes_itself(XLA_FFI_CallFrame *frame) {
-  /* Its type is XLA_FFI_Extension_Base up to jax 0.10 and XLA_FFI_InternalExtension after. */
+/* XLA first calls a handler to ask for its interface's version. Answers, and returns 1 then. */
+static int answers_metadata_query(XLA_FFI_CallFrame *frame) {
+  /* The extension's type is named XLA_FFI_Extension_Base up to jax 0.10, and
+     XLA_FFI_InternalExtension after. */
   __auto_type extension = frame->extension_start;
   if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
   XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
@@ -660,16 +701,17 @@ static XLA_FFI_Error *out_of_memory(const XLA_FFI_CallFrame *frame) {
   return frame->api->XLA_FFI_Error_Create(&args);
 }
 
-/* Computes what is described but for its plan: convolutions of images [B, H, W, any]. */
+/* Runs the convolution that `f` describes, but for its plan and its view of the kernel, which are
+   made here. `rotated` rotates the kernel by 180 degrees and exchanges its channels. */
 static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, Forward *f, const int64_t *images,
-                               const XLA_FFI_Buffer *kernel, int turned) {
+                               const XLA_FFI_Buffer *kernel, int rotated) {
   const int64_t *dims = kernel->dims; /* [3, 3, C, O] */
   f->kernel = kernel->data;
-  f->tap = turned ? -dims[2] * dims[3] : dims[2] * dims[3];
-  f->first = turned ? 8 * dims[2] * dims[3] : 0;
-  f->in = turned ? 1 : dims[3];
-  f->out = turned ? dims[3] : 1;
-  long C = dims[turned ? 3 : 2], O = dims[turned ? 2 : 3], threads = num_threads(frame);
+  f->tap = rotated ? -dims[2] * dims[3] : dims[2] * dims[3];
+  f->first = rotated ? 8 * dims[2] * dims[3] : 0;
+  f->in = rotated ? 1 : dims[3];
+  f->out = rotated ? dims[3] : 1;
+  long C = dims[rotated ? 3 : 2], O = dims[rotated ? 2 : 3], threads = num_threads(frame);
   size_t u_size, zeros_size;
   float *zeros = borrow(max(C, O), &zeros_size);
   make_plan(&f->plan, images, C, O, f->maxima != NULL, zeros);
@@ -690,15 +732,15 @@ static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, Forward *f, const
 
 /* relu(convolution + bias): (images [B, H, W, C], kernel [3, 3, C, O], bias [O]) -> [B, H, W, O] */
 XLA_FFI_Error *tinyvgg_convolution_relu(XLA_FFI_CallFrame *frame) {
-  if (describes_itself(frame)) return NULL;
+  if (answers_metadata_query(frame)) return NULL;
   const XLA_FFI_Buffer *x = argument(frame, 0);
   Forward f = {.x = x->data, .bias = argument(frame, 2)->data, .y = result(frame, 0)->data};
   return convolve(frame, &f, x->dims, argument(frame, 1), 0);
 }
 
-/* The same, pooled -> [B, H / 2, W / 2, O], and the maxima of the same shape, uint8 */
+/* The same with 2x2 max pooling -> [B, H / 2, W / 2, O], and the maxima, uint8 of the same shape */
 XLA_FFI_Error *tinyvgg_convolution_relu_pool(XLA_FFI_CallFrame *frame) {
-  if (describes_itself(frame)) return NULL;
+  if (answers_metadata_query(frame)) return NULL;
   const XLA_FFI_Buffer *x = argument(frame, 0);
   Forward f = {.x = x->data,
                .bias = argument(frame, 2)->data,
@@ -707,37 +749,39 @@ XLA_FFI_Error *tinyvgg_convolution_relu_pool(XLA_FFI_CallFrame *frame) {
   return convolve(frame, &f, x->dims, argument(frame, 1), 0);
 }
 
-/* What says which of a gradient counts: float32 and of its shape, the outputs of the ReLU before
-   it; or uint8, the maxima of the pooling before it, of which the gradient holds the shares. */
-static Passed passed_by(const XLA_FFI_Buffer *buffer) {
-  if (buffer->dtype == XLA_FFI_DataType_U8) return (Passed){.maxima = buffer->data};
-  return (Passed){.outputs = buffer->data};
+/* Reads the gate of a gradient of the same shape: float32, the outputs of the ReLU; or uint8, the
+   maxima of the pooling, where the gradient is already divided by their number. */
+static Gate gate_of(const XLA_FFI_Buffer *buffer) {
+  if (buffer->dtype == XLA_FFI_DataType_U8) return (Gate){.maxima = buffer->data};
+  return (Gate){.outputs = buffer->data};
 }
 
-/* (gradient [B, h, w, O], what it passed, kernel [3, 3, C, O]) -> [B, H, W, C] */
+/* The gradient of the images: (gradient [B, h, w, O], gate [B, h, w, O], kernel [3, 3, C, O]) ->
+   [B, H, W, C] */
 XLA_FFI_Error *tinyvgg_input_gradient(XLA_FFI_CallFrame *frame) {
-  if (describes_itself(frame)) return NULL;
+  if (answers_metadata_query(frame)) return NULL;
   const XLA_FFI_Buffer *y = result(frame, 0);
   Forward f = {.x = argument(frame, 0)->data,
-               .x_passed = passed_by(argument(frame, 1)),
+               .x_gate = gate_of(argument(frame, 1)),
                .least = -INFINITY,
                .y = y->data};
   return convolve(frame, &f, y->dims, argument(frame, 2), 1);
 }
 
-/* (images [B, H, W, C], gradient [B, h, w, O], what it passed) -> [3, 3, C, O], [O] */
+/* The gradients of kernel and bias: (images [B, H, W, C], gradient [B, h, w, O], gate [B, h, w, O])
+   -> [3, 3, C, O], [O] */
 XLA_FFI_Error *tinyvgg_parameter_gradient(XLA_FFI_CallFrame *frame) {
-  if (describes_itself(frame)) return NULL;
+  if (answers_metadata_query(frame)) return NULL;
   const XLA_FFI_Buffer *x = argument(frame, 0), *gradient = argument(frame, 1);
   ParameterGradient f = {.x = x->data,
                          .gradient = gradient->data,
-                         .passed = passed_by(argument(frame, 2)),
+                         .gate = gate_of(argument(frame, 2)),
                          .of_kernel = result(frame, 0)->data,
                          .of_bias = result(frame, 1)->data};
   long C = x->dims[3], O = gradient->dims[3], channels = max(C, O);
   size_t sums_size, zeros_size;
   float *zeros = borrow(channels, &zeros_size);
-  make_plan(&f.plan, x->dims, C, O, f.passed.maxima != NULL, zeros);
+  make_plan(&f.plan, x->dims, C, O, f.gate.maxima != NULL, zeros);
   f.C_up = round_up(f.plan.C, ROWS);
   f.pieces = min(num_threads(frame), f.plan.chunks);
   f.product_size = f.C_up * f.plan.O_up + 16;

@@ -1,7 +1,7 @@
-"""The convolutions of `winograd.c` as JAX functions, compiled when first wanted.
+"""The convolutions of `winograd.c` as JAX functions; the first call of `available` compiles them.
 
-They need a C compiler (`$CC`, `cc`, `gcc` or `clang`). Where there is none, or it fails, which is
-warned of, `available` is false and the caller does with XLA's own operations.
+They need a C compiler (`$CC`, `cc`, `gcc` or `clang`). If there is none, or it fails, which logs a
+warning, `available` returns False and the caller uses XLA's own operations. Setting
 `TINYVGG_JAX_NATIVE=0` in the environment turns them off.
 """
 
@@ -32,6 +32,8 @@ _TARGETS = (
     "tinyvgg_input_gradient",
     "tinyvgg_parameter_gradient",
 )
+# -fno-trapping-math lets the compiler vectorise conditions. None of these lets it reorder a sum or
+# assume that there is no NaN, as -ffast-math would.
 _FLAGS = (
     "-std=gnu11",
     "-O3",
@@ -41,20 +43,37 @@ _FLAGS = (
     "-shared",
     "-fPIC",
 )
+# A compiler that takes longer than this hangs; it usually takes a few seconds.
 _COMPILE_SECONDS = 120
 
 
 def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
-    """relu(SAME convolution + bias): float32 `[B, H, W, C]`, `[3, 3, C, O]`, `[O]`."""
+    """Computes `relu(convolution(images, kernel) + bias)` with stride 1 and SAME padding.
+
+    Args:
+        images: `[B, H, W, C]` float32.
+        kernel: `[3, 3, C, O]` float32.
+        bias: `[O]` float32.
+
+    Returns:
+        `[B, H, W, O]` float32.
+    """
     shape = (*images.shape[:3], kernel.shape[3])
     return _call("tinyvgg_convolution_relu", _floats(shape), images, kernel, bias)
 
 
 def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
-    """`convolution_relu`, of each 2x2 square the maximum, and which of the square's pixels have it.
+    """Computes `convolution_relu` with 2x2 max pooling, and which pixels are the maxima.
 
-    Both are `[B, H // 2, W // 2, O]`, the second uint8: the bit 2i + j is set if pixel i, j has the
-    maximum, and none if that is not positive, so that ReLU lets no gradient through.
+    Args:
+        images: `[B, H, W, C]` float32.
+        kernel: `[3, 3, C, O]` float32.
+        bias: `[O]` float32.
+
+    Returns:
+        The pooled output, `[B, H // 2, W // 2, O]` float32, and a mask of the same shape, uint8.
+        Bit 2i + j of the mask is set if pixel (i, j) of the 2x2 square is the maximum. No bit is
+        set if the maximum is not positive, because then ReLU lets no gradient through.
     """
     B, H, W, _ = images.shape
     shape = (B, H // 2, W // 2, kernel.shape[3])
@@ -62,24 +81,37 @@ def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> tuple[Ar
     return _call("tinyvgg_convolution_relu_pool", results, images, kernel, bias)
 
 
-def input_gradient(gradient: Array, passed: Array, kernel: Array, shape: tuple[int, ...]) -> Array:
-    """From the gradient of one of the two operations above to that of its images.
+def input_gradient(gradient: Array, gate: Array, kernel: Array, shape: tuple[int, ...]) -> Array:
+    """Computes the gradient of the images of one of the two operations above.
 
     Args:
-        gradient: of the output; of a pooled one each maximum's share of it.
-        passed: of the same shape, the output of `convolution_relu`, float32, or the second of
-            `convolution_relu_pool`, uint8.
-        kernel: `[3, 3, C, O]`.
-        shape: of the images, `[B, H, W, C]`.
+        gradient: the output's gradient, float32. With pooling, each square's gradient divided by
+            its number of maxima, because each of them receives an equal part.
+        gate: where the gradient goes through, of the shape of `gradient`: the output of
+            `convolution_relu`, float32, or the mask of `convolution_relu_pool`, uint8.
+        kernel: `[3, 3, C, O]` float32.
+        shape: `(B, H, W, C)`, the shape of the images.
+
+    Returns:
+        `[B, H, W, C]` float32.
     """
-    return _call("tinyvgg_input_gradient", _floats(shape), gradient, passed, kernel)
+    return _call("tinyvgg_input_gradient", _floats(shape), gradient, gate, kernel)
 
 
-def parameter_gradient(images: Array, gradient: Array, passed: Array) -> tuple[Array, Array]:
-    """Likewise to those of its kernel `[3, 3, C, O]` and bias `[O]`."""
+def parameter_gradient(images: Array, gradient: Array, gate: Array) -> tuple[Array, Array]:
+    """Computes the gradients of kernel and bias of one of the two operations above.
+
+    Args:
+        images: `[B, H, W, C]` float32.
+        gradient: as for `input_gradient`.
+        gate: as for `input_gradient`.
+
+    Returns:
+        `[3, 3, C, O]` and `[O]`, float32.
+    """
     C_in, C_out = images.shape[3], gradient.shape[3]
     results = (_floats((3, 3, C_in, C_out)), _floats((C_out,)))
-    return _call("tinyvgg_parameter_gradient", results, images, gradient, passed)
+    return _call("tinyvgg_parameter_gradient", results, images, gradient, gate)
 
 
 def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -87,18 +119,18 @@ def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def _call(target: str, results: Any, *arguments: Array) -> Any:
-    # One after the other: a call uses all cores already.
+    # Under vmap the calls run one after another, because each of them uses all cores already.
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     return call(*arguments)
 
 
 class _NoCompilerError(OSError):
-    """There is no C compiler on this machine."""
+    """This machine has no C compiler."""
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the functions above can be used; the first call compiles and registers them."""
+    """Tells whether the functions above can be used; the first call compiles and registers them."""
     if os.environ.get("TINYVGG_JAX_NATIVE") == "0":
         return False
     try:
@@ -107,7 +139,7 @@ def available() -> bool:
             handler = jax.ffi.pycapsule(getattr(library, target))
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        # Nobody expects what needs a compiler where there is none; one that fails is a defect.
+        # A machine without a compiler is in order; a compiler that fails is a defect to look into.
         logger.log(
             logging.INFO if isinstance(error, _NoCompilerError) else logging.WARNING,
             "Convolutions run as XLA compiles them, several times slower on a CPU: %s",
@@ -118,7 +150,7 @@ def available() -> bool:
 
 
 def _load() -> ctypes.CDLL:
-    """The shared library, from the cache or compiled."""
+    """Loads the shared library from the cache folder, or compiles it and stores it there."""
     compiler = _compiler()
     name = f"{hashlib.sha256(repr(_identity(compiler)).encode()).hexdigest()[:16]}.so"
     root = cache_dir()
@@ -126,7 +158,7 @@ def _load() -> ctypes.CDLL:
     if kept is not None and kept.exists():
         try:
             return ctypes.CDLL(os.fspath(kept))
-        except OSError:  # It is damaged.
+        except OSError:  # The stored file is damaged, so compile it again.
             kept.unlink()
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch) / name
@@ -136,11 +168,12 @@ def _load() -> ctypes.CDLL:
             return loaded
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
+            # Another process may load the library now, so it appears whole or not at all.
             partial = kept.with_suffix(f".{os.getpid()}")
             shutil.copyfile(library, partial)
             partial.replace(kept)
         except OSError as error:
-            logger.info("What was compiled for the convolutions is not kept: %s", error)
+            logger.info("The compiled convolutions are not kept for the next start: %s", error)
     return loaded
 
 
@@ -153,7 +186,10 @@ def _compiler() -> str:
 
 
 def _identity(compiler: str) -> list[str]:
-    """All that the compiled code depends on, the features of this processor among it."""
+    """Lists everything that the compiled code depends on, including this processor's features.
+
+    A home folder may be shared by machines with different processors.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -173,8 +209,9 @@ def _identity(compiler: str) -> list[str]:
 
 def _compile(compiler: str, library: Path) -> None:
     include = f"-I{jax.ffi.include_dir()}"
-    # A compiler's messages are searched for the word "error".
+    # The messages are searched for the word "error" below, so they must be in English.
     environment = os.environ | {"LC_ALL": "C"}
+    # Some compilers do not know -march=native for their processor; then they do without.
     for processor in (["-march=native"], []):
         command = [compiler, *_FLAGS, *processor, include, str(_SOURCE), "-o", str(library)]
         done = subprocess.run(
