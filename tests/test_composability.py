@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from jax import Array, export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from tinyvgg_jax import TinyVGG
+from tinyvgg_jax import TinyVGG, load_predictor, train_and_evaluate
 from tinyvgg_jax.model import ConvReLU, apply
+from tinyvgg_jax.report.evaluation import evaluate_checkpoint
 
 MODEL = TinyVGG(widths=(3, 4), convs_per_block=2, hidden=6, num_classes=5)
 Loss = Callable[[Any, Array], Array]
@@ -248,6 +251,17 @@ def test_one_artifact_serves_every_platform_and_any_batch(params: Any, images: A
     expected = jax.tree.leaves(jax.vjp(plain_network, params, images[:2])[1](cotangent))
     for ours, theirs in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-4)
+
+
+def test_training_and_prediction_work_under_a_stricter_jax(
+    config: ConfigDict, tmp_path: Path
+) -> None:
+    config.num_epochs, config.augment.mixup_alpha = 1, 0.1
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        train_and_evaluate(config, tmp_path)
+        evaluated = evaluate_checkpoint(tmp_path)
+        predictions = load_predictor(tmp_path, "latest")(evaluated.data.images)
+    assert (predictions.labels == evaluated.result.predicted).all()
 
 
 def test_widths_may_be_a_list(params: Any, images: Array) -> None:

@@ -161,10 +161,10 @@ def _evaluate_batch(model: TinyVGG, params: Any, batch: Batch, is_real: Array) -
     logits = apply(model, params, to_float(batch.images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     correct = is_real & (logits.argmax(axis=-1) == batch.labels)
-    one_hot = jax.nn.one_hot(batch.labels, model.num_classes, dtype=jnp.int32)
+    one_hot = jax.nn.one_hot(batch.labels, model.num_classes, dtype=jnp.bool)
     return (
         jnp.where(is_real, losses, 0).sum(),
-        (one_hot * correct[:, None]).sum(axis=0),
-        (one_hot * is_real[:, None]).sum(axis=0),
+        (one_hot & correct[:, None]).sum(axis=0, dtype=jnp.int32),
+        (one_hot & is_real[:, None]).sum(axis=0, dtype=jnp.int32),
         logits,
     )

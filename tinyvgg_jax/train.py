@@ -67,8 +67,13 @@ def train_and_evaluate(
     """
     config = config_lib.validated(config)
     workdir = local_path(workdir).absolute()
-    # A run is float32, or bfloat16, by its config, whatever JAX_ENABLE_X64 says of new arrays.
-    with jax.enable_x64(False):
+    # A run is float32, or bfloat16, by its config, however wide or strict JAX is set for arrays.
+    # Optax does not follow JAX's strict rules itself.
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         if config.num_seeds > 1:
             return train_seeds(config, workdir)
         return train_together({workdir: config})[0]

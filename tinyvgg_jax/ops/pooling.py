@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 
 # Bit number 2i + j of pixel (i, j), shaped to broadcast against [B, h, 2, w, 2, C].
-_BITS = np.arange(4, dtype=np.uint8).reshape(2, 1, 2, 1)
+_BITS = np.arange(4, dtype=np.uint8).reshape(1, 1, 2, 1, 2, 1)
 
 
 def _squares(x: Array) -> Array:
