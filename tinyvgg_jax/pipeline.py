@@ -46,8 +46,8 @@ class Keys(NamedTuple):
     """The PRNG keys of a run's epochs; for K runs at once, arrays of K keys.
 
     Attributes:
-        order: the key of the data order, with which the epoch is folded.
-        step: the key that every step gets, which folds the step's number in.
+        order: the key of the data order, into which the epoch is folded.
+        step: the key of the steps, into which each step folds its number.
     """
 
     order: Array
@@ -102,11 +102,11 @@ def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
 class StreamPipeline:
     """Runs one step a call, on batches that are transferred while the device works.
 
-    It suits data sets that are larger than the device's memory.
+    It suits datasets that are larger than the device's memory.
     """
 
     def __init__(self, step: Step, split: Split, batch_size: int, keys: Keys):
-        """Compiles nothing yet: the first call does.
+        """Prepares the pipeline; the first call compiles the step.
 
         Args:
             step: the pure train step.
