@@ -12,9 +12,9 @@ the device until somebody reads them, which waits for the call to end.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 
 from tinyvgg_jax.data import Batch, Split, epoch_order, on_device, stream
-from tinyvgg_jax.step import StepSums, TrainState
+from tinyvgg_jax.step import StepSums, TrainState, TrainStep
 from tinyvgg_jax.system import trim_heap
 
 # Steps in one call on an accelerator, where a small network's step is shorter than the time that
@@ -38,8 +38,6 @@ _WAITING, _WAITING_IF_SHORT, _SHORT_SECONDS = 1, 4, 0.02
 # memory piles up, because each call may run on another thread, and the C library keeps freed memory
 # for each thread apart.
 _CALLS_PER_TRIM = 16
-
-Step = Callable[[TrainState, Batch, Array], tuple[TrainState, StepSums]]
 
 
 class Keys(NamedTuple):
@@ -99,13 +97,34 @@ def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
         yield now
 
 
+def stack(trees: list[Any]) -> Any:
+    """Stacks several runs' arrays along a new leading axis; a single run's stay as they are.
+
+    Args:
+        trees: one for each of K runs, of the same structure and shapes.
+
+    Returns:
+        For K > 1 a tree of `[K, ...]` arrays, which the pipelines take as K runs; else the tree.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(tree: Any, count: int) -> list[Any]:
+    """Slices a tree that `stack` made from `count` trees into these trees."""
+    if count == 1:
+        return [tree]
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
+
+
 class StreamPipeline:
     """Runs one step a call, on batches that are transferred while the device works.
 
     It suits datasets that are larger than the device's memory.
     """
 
-    def __init__(self, step: Step, split: Split, batch_size: int, keys: Keys):
+    def __init__(self, step: TrainStep, split: Split, batch_size: int, keys: Keys):
         """Prepares the pipeline; the first call compiles the step.
 
         Args:
@@ -164,7 +183,7 @@ class DevicePipeline:
 
     def __init__(
         self,
-        step: Step,
+        step: TrainStep,
         split: Split,
         batch_size: int,
         keys: Keys,

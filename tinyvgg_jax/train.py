@@ -6,12 +6,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
@@ -20,8 +19,13 @@ from tinyvgg_jax.errors import DivergedError, InterruptedRunError
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import count_parameters
 from tinyvgg_jax.paths import local_path
-from tinyvgg_jax.pipeline import DevicePipeline, StreamPipeline
-from tinyvgg_jax.report.progress import ProgressBar, epoch_line, tensorboard_scalars
+from tinyvgg_jax.pipeline import DevicePipeline, StreamPipeline, stack, unstack
+from tinyvgg_jax.report.progress import (
+    ProgressBar,
+    epoch_line,
+    tensorboard_scalars,
+    tensorboard_writer,
+)
 from tinyvgg_jax.runs import folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
@@ -154,7 +158,13 @@ def train(members: list[Member]) -> None:
         return
     pipeline = make_pipeline([member.run for member in members])
     profile = Profile(run.workdir / "profile" if run.config.profile else None)
-    with stop_signals() as received, contextlib.closing(profile), _writers(members) as writers:
+    with stop_signals() as received, contextlib.closing(profile), contextlib.ExitStack() as opened:
+        writers = []
+        for member in members:
+            # An earlier end of this run, if it had one, is none any more.
+            (member.run.workdir / "summary.json").unlink(missing_ok=True)
+            writers.append(tensorboard_writer(member.run.workdir, member.state.history))
+            opened.callback(writers[-1].close)
         for epoch in range(len(history), num_epochs):
             # -- Steps: compiled calls, of one step or of many, until the epoch's end or a signal.
             state, sums = stack([(member.state.train, member.state.sums) for member in members])
@@ -207,39 +217,6 @@ def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
     if len(runs) > 1 or wanted == "device" or (wanted == "auto" and fits_on_device(split)):
         return DevicePipeline(runs[0].train_step(), split, config.batch_size, keys)
     return StreamPipeline(runs[0].train_step(), split, config.batch_size, keys)
-
-
-def stack(trees: list[Any]) -> Any:
-    """Stacks several runs' arrays along a new leading axis; a single run's stay as they are."""
-    if len(trees) == 1:
-        return trees[0]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def unstack(tree: Any, count: int) -> list[Any]:
-    """Slices what `stack` made of so many trees."""
-    if count == 1:
-        return [tree]
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
-
-
-@contextlib.contextmanager
-def _writers(members: list[Member]) -> Iterator[list[Any]]:
-    """TensorBoard's writers of the runs, from each one's step on."""
-    from tensorboardX import SummaryWriter
-
-    with contextlib.ExitStack() as open_writers:
-        writers = []
-        for member in members:
-            workdir, step = member.run.workdir, int(member.state.train.step)
-            # An earlier end of this run, if it had one, is none any more.
-            (workdir / "summary.json").unlink(missing_ok=True)
-            with folder.writing_to(workdir):
-                purge_step = step + 1 if member.state.history else None
-                writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
-            open_writers.callback(writer.close)
-            writers.append(writer)
-        yield writers
 
 
 def finite(sums: StepSums, run: Run) -> StepSums:

@@ -2,10 +2,12 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from tinyvgg_jax.runs.folder import writing_to
 from tinyvgg_jax.step import StepSums
 
 # Fetching sums waits for the device, so it happens at most this often.
@@ -97,6 +99,23 @@ def epoch_line(records: list[dict[str, Any]], num_epochs: int) -> str:
         f"accuracy {record['validation_accuracy']:.2%}; "
         f"{record['seconds']:.1f} s, {record['images_per_second']:,.0f} images/s"
     )
+
+
+def tensorboard_writer(workdir: Path, history: list[dict[str, Any]]) -> Any:
+    """Opens a `tensorboardX.SummaryWriter` that goes on after the epochs of a run so far.
+
+    Args:
+        workdir: the run's folder.
+        history: the records in `metrics.jsonl`; what TensorBoard has beyond them is discarded.
+
+    Raises:
+        UserError: if the events cannot be written.
+    """
+    from tensorboardX import SummaryWriter
+
+    with writing_to(workdir):
+        purge_step = history[-1]["step"] + 1 if history else None
+        return SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
 
 
 def tensorboard_scalars(writer: Any, record: dict[str, Any]) -> None:
