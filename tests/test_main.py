@@ -107,7 +107,7 @@ BAD_ARGUMENTS: list[tuple[list[str], str]] = [
     (["--config.data.name=bras"], "no prepared dataset 'bras'"),
     (["--config", "configs/quick.py:x"], "tinyvgg_jax: TypeError: get_config() takes 0 positional"),
     (["--config="], "cannot read the config file: Path to config file is an empty string"),
-    (["--workdir=~nobody-here/x"], "~nobody-here is the home folder of nobody here"),
+    (["--workdir=~nobody-here/x"], "there is no user nobody-here on this machine"),
     (["--flagfile=/nope"], "Unable to open flagfile: [Errno 2] No such file or directory: '/nope'"),
     (["--nosuchflag"], "Unknown command line flag 'nosuchflag'"),
     (["stray"], "unexpected argument 'stray'"),

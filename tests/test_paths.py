@@ -43,7 +43,7 @@ def test_a_path_is_what_a_person_means(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("s3://bucket/run", "is not on this machine"),
         (Path("gs://bucket/run"), "is not on this machine"),
         ("file://elsewhere/x", "is not on this machine"),
-        ("~nobody-here/x", "~nobody-here is the home folder of nobody here"),
+        ("~nobody-here/x", "there is no user nobody-here on this machine"),
         ("", "empty"),
     ],
 )

@@ -139,8 +139,8 @@ def test_nothing_is_compiled_after_the_first_step(
     pipelines: list[Any] = []
     make_pipeline, end_epoch = train.make_pipeline, train.end_epoch
 
-    def keep(runs: Any) -> Any:
-        pipelines.append(make_pipeline(runs))
+    def keep(*arguments: Any) -> Any:
+        pipelines.append(make_pipeline(*arguments))
         return pipelines[-1]
 
     def spy(run: Any, state: Any) -> dict[str, Any]:

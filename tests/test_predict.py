@@ -139,7 +139,7 @@ def test_the_command_line_prints_a_table_and_goes_on_after_a_bad_file(
     assert "001.png: not an image" in errors[0]
     assert "nowhere: no such file" in errors[1]
     head, *rows = done.stdout.splitlines()
-    assert head.split() == ["class", "second", "guess", "file"]
+    assert head.split() == ["prediction", "second", "choice", "file"]
     assert len(rows) == 69
     assert rows[0].endswith("00\\n0.png")
     assert rows[1].endswith("002.png")

@@ -17,6 +17,7 @@ from tinyvgg_jax.data import SPLITS, load_splits
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import apply
 from tinyvgg_jax.pipeline import DevicePipeline
+from tinyvgg_jax.report.compare import compare_runs
 from tinyvgg_jax.report.evaluation import (
     evaluate_checkpoint,
     evaluate_seeds,
@@ -143,6 +144,33 @@ def test_seeds_that_have_not_begun_are_said_to_be_missing(
         train_and_evaluate(config, tmp_path)
     with pytest.raises(UserError, match="is not finished: 1 of its 2 seeds have begun"):
         evaluate_seeds(tmp_path)
+
+
+def test_a_signal_in_a_seeds_last_epoch_ends_all_seeds(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.num_seeds, config.num_epochs = 2, 1
+    with monkeypatch.context() as patch:
+        _StopAfter(8, patch)
+        with pytest.raises(InterruptedRunError):
+            train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "seed_1").exists()
+    assert train_and_evaluate(config, tmp_path)["num_seeds"] == 2
+
+
+def test_seeds_at_different_steps_are_not_averaged(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.num_seeds, config.num_epochs = 2, 1
+    with monkeypatch.context() as patch:
+        # The first seed takes eight calls, one a step.
+        _StopAfter(8 + 3, patch)
+        with pytest.raises(InterruptedRunError):
+            train_and_evaluate(config, tmp_path)
+    with pytest.raises(UserError, match=r"stand at different steps \(8, 3\)"):
+        evaluate_seeds(tmp_path)
+    with pytest.raises(UserError, match=r"stand at different steps \(8, 3\)"):
+        compare_runs([tmp_path, tmp_path])
 
 
 def test_members_left_behind_catch_up_alone(

@@ -171,7 +171,7 @@ def as_small(config: ConfigDict, data_dir: Path) -> ConfigDict:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("steps", [1, 8, 11])
+@pytest.mark.parametrize("steps", [1, 8, 11, 24])
 def test_a_signal_saves_and_the_same_call_goes_on_bit_for_bit(
     config: ConfigDict,
     tmp_path: Path,

@@ -20,7 +20,8 @@ def rotate(images: Array, degrees: Array) -> Array:
         degrees: `[B]`, anticlockwise angles.
 
     Returns:
-        `[B, H, W, C]`, the dtype of `images`. No value lies outside the range of the images and 0.
+        `[B, H, W, C]`, the dtype of `images`. Its values lie
+        between the lowest and the highest of the image's values and 0.
     """
     _, H, W, _ = images.shape
     y = jnp.arange(H)[:, None] - (H - 1) / 2

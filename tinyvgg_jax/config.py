@@ -36,7 +36,8 @@ class Field(NamedTuple):
         meaning: one line for people.
         checks: conditions on its value, checked in this order.
         value_before: value assumed for a config.json written before the field existed.
-        affects_result: whether a run with another value is another run.
+        affects_result: whether a changed value makes it a different run, which cannot go on in the
+            same folder.
     """
 
     kind: type | tuple[type, ...]

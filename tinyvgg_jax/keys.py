@@ -6,10 +6,11 @@ from typing import Literal
 import jax
 from jax import Array
 
-# Every purpose of randomness in a run, and the key that it is derived from. The name is hashed into
-# the key, so renaming a purpose changes the random numbers of every run, and a run that was
-# interrupted would not go on as it began. For the same reason the key of a step is named "augment",
-# although mixup and dropout are derived from it, too.
+# The named purposes of randomness in a run, and the key that each is derived from. (Rotation and
+# flip get halves of the step's key, by `jax.random.split`.) The name is hashed into the key, so
+# renaming a purpose changes the random numbers of every run, and a run that was interrupted would
+# not go on as it began. For the same reason the key of a step is named "augment", although mixup
+# and dropout are derived from it, too.
 Purpose = Literal[
     "init",  # from the run's key: the initial parameters
     "order",  # from the run's key: the order of the examples, after the epoch is folded in

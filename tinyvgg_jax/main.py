@@ -35,7 +35,7 @@ Draw how the network sees a picture, its feature maps and where it looked:
 Compare runs on the same images:
   python -m tinyvgg_jax.main --mode compare RUN RUN... [--output FILE.png]
                              [--split train|validation|test] [--step N|latest|best]
-Only prepare the dataset, say before going offline:
+Only prepare the dataset, for example before going offline:
   python -m tinyvgg_jax.main --mode prepare --config default
 A config is a Python file, or the name of one that comes with the package: {recipes}.
 Every field is explained in {default}.
@@ -64,7 +64,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "For explain and compare: the PNG 
 
 
 def _show_unraisable(unraisable: Any) -> None:
-    """Leaves out what TensorStore's threads say after a save that failed, and was reported."""
+    """Hides errors of TensorStore's threads after a failed save, which is reported already."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -173,7 +173,7 @@ def _start_jax() -> None:
     enable_compilation_cache()
 
 
-def _run() -> Path:
+def _existing_workdir() -> Path:
     if _WORKDIR.value is None:
         raise UserError(f"--mode {_MODE.value} needs --workdir, the folder of a run.")
     return local_path(_WORKDIR.value)
@@ -226,7 +226,7 @@ def _prepare(_: list[str]) -> int:
 
 
 def _evaluate(_: list[str]) -> int:
-    workdir, step, split = _run(), _step("latest"), _SPLIT.value
+    workdir, step, split = _existing_workdir(), _step("latest"), _SPLIT.value
     from tinyvgg_jax.report import evaluation, tables
     from tinyvgg_jax.report.page import write_report
     from tinyvgg_jax.runs.restore import run_config
@@ -250,7 +250,7 @@ def _evaluate(_: list[str]) -> int:
 
 
 def _predict(paths: list[str]) -> int:
-    workdir, step, invert = _run(), _step("best"), _invert()
+    workdir, step, invert = _existing_workdir(), _step("best"), _invert()
     from tinyvgg_jax.predict import load_predictor, predict_files
     from tinyvgg_jax.report.tables import PredictionTable
 
@@ -269,7 +269,7 @@ def _predict(paths: list[str]) -> int:
 
 
 def _explain(paths: list[str]) -> int:
-    workdir, step, invert = _run(), _step("best"), _invert()
+    workdir, step, invert = _existing_workdir(), _step("best"), _invert()
     if len(paths) > 1:
         raise UserError(f"--mode explain takes one picture, not {len(paths)}.")
     from tinyvgg_jax.report.explain import explain_file

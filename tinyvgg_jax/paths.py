@@ -42,4 +42,4 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     first = Path(text).parts[0]
     if first == "~":
         raise UserError(f"{text}: this user has no home folder; give an absolute path.")
-    raise UserError(f"{text}: {first} is the home folder of nobody here.")
+    raise UserError(f"{text}: there is no user {first[1:]} on this machine.")

@@ -281,7 +281,8 @@ def normalise(
 
 
 def _corner(pixels: np.ndarray) -> np.ndarray:
-    """Returns the second darkest of the four corners, `[C]`; if it is light, three of them are.
+    """Returns the second darkest of the four corners, `[C]`; if it is light, at
+    least three of them are.
 
     A garment that fills its image reaches the border, but hardly the corners. The corners
     distinguish all 70,000 images of FashionMNIST from their inverted copies; the border fails for

@@ -80,8 +80,8 @@ def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
     """
     under_way: deque[Array] = deque()
     waiting, last_end, long_calls = _WAITING, time.perf_counter(), 0
-    for now in calls:
-        under_way.append(now.done)
+    for result in calls:
+        under_way.append(result.done)
         while len(under_way) > waiting:
             # `done` is waited for and not `state`, which a later call has been given already.
             under_way.popleft().block_until_ready()
@@ -94,7 +94,7 @@ def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
                 if long_calls % _CALLS_PER_TRIM == 0:
                     trim_heap()
                 long_calls += 1
-        yield now
+        yield result
 
 
 def stack(trees: list[Any]) -> Any:
@@ -216,6 +216,7 @@ class DevicePipeline:
         ) -> tuple[TrainState, StepSums]:
             # The position in the epoch follows from the state's step, so that a call needs no
             # other counter, and a run that goes on within an epoch begins at the right batch.
+            # `end` is the number of the run's steps at the end of this epoch.
             first = (state.step - (end - steps)) * batch_size
             chosen = lax.dynamic_slice_in_dim(order, first, batch_size)
             state, new_sums = step(state, Batch(data.images[chosen], data.labels[chosen]), key)

@@ -157,7 +157,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         sums = StepSums(
-            # The optimizer's loss is a mean; metrics are exact only as sums (see `StepSums`).
+            # A sum, because a mean over batches of different sizes would not be exact.
             loss=loss * len(batch.labels),
             correct=(logits.argmax(axis=-1) == batch.labels).sum(dtype=jnp.int32),
             examples=jnp.int32(len(batch.labels)),

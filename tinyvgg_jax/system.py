@@ -59,10 +59,13 @@ def require_device() -> None:
         jax.devices()
     except Exception as error:
         # JAX raises an AssertionError for a platform that is not installed, among others.
-        wanted = os.environ.get("JAX_PLATFORMS", "any platform")
+        wanted = os.environ.get("JAX_PLATFORMS")
+        advice = (
+            f" of {wanted}, which JAX_PLATFORMS asks for. Leave it unset, or install the libraries "
+            "of that platform, like tinyvgg-jax[cuda]"
+        )
         raise UserError(
-            f"JAX finds no device of {wanted}, as JAX_PLATFORMS asks. Leave it unset, or install "
-            f"the libraries of that platform, like tinyvgg-jax[cuda]. {str(error).strip()}"
+            f"JAX finds no device{advice if wanted else ''}. {str(error).strip()}"
         ) from error
 
 

@@ -30,7 +30,7 @@ from tinyvgg_jax.runs import folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
 from tinyvgg_jax.signals import stop_signals
-from tinyvgg_jax.step import StepSums
+from tinyvgg_jax.step import StepSums, TrainStep
 from tinyvgg_jax.system import Profile
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ def train_and_evaluate(
     Returns:
         The summary: accuracies (fractions) and losses (nats) of the last epoch's parameters on
         the train split without augmentation, validation and test; parameters, seconds, device,
-        versions.
+        versions. With several seeds the accuracies and losses are means, `seeds` has their
+        statistics, and each seed's own summary is in its folder.
 
     Raises:
         UserError: if something in the config, the data or the folder is not right.
@@ -87,8 +88,9 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains a config's seeds, each a run in a folder of its own, and summarises them."""
     folder.refuse_another_run(workdir, config)
     configs = {workdir / name: one for name, one in seeds.members(config).items()}
-    # What is wrong with the config shows here, before the folder is the config's.
-    make_run(*reversed(next(iter(configs.items()))))
+    # Making the first run checks the config and the data before anything is written to the folder.
+    first, first_config = next(iter(configs.items()))
+    make_run(first_config, first)
     with folder.locked(workdir):
         folder.write_json(workdir / "config.json", config.to_dict())
         summaries = None
@@ -113,18 +115,21 @@ def _accelerated() -> bool:
 
 
 def train_together(configs: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
-    """Trains runs that differ in their seeds only, in one program, and gives their summaries.
+    """Trains runs that differ in their seeds only, in one program where their steps are the same.
 
     Args:
-        configs: by the folders of the runs; mostly one.
+        configs: the config of each run by its folder; usually a single one.
+
+    Returns:
+        The summary of each run.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as locks:
         runs: list[Run] = []
         for workdir, config in configs.items():
             folder.refuse_another_run(workdir, config)
             loaded = (runs[0].splits, runs[0].info) if runs else None
             run = make_run(config, workdir, loaded)
-            stack.enter_context(folder.locked(workdir))
+            locks.enter_context(folder.locked(workdir))
             folder.describe(workdir, config, run.splits, run.info)
             runs.append(run)
         members = []
@@ -156,12 +161,12 @@ def train(members: list[Member]) -> None:
     num_epochs, batch_size = run.config.num_epochs, run.config.batch_size
     if len(history) == num_epochs:
         return
-    pipeline = make_pipeline([member.run for member in members])
+    pipeline = make_pipeline(run.train_step(), [member.run for member in members])
     profile = Profile(run.workdir / "profile" if run.config.profile else None)
     with stop_signals() as received, contextlib.closing(profile), contextlib.ExitStack() as opened:
         writers = []
         for member in members:
-            # An earlier end of this run, if it had one, is none any more.
+            # Training goes on, so an earlier summary is out of date.
             (member.run.workdir / "summary.json").unlink(missing_ok=True)
             writers.append(tensorboard_writer(member.run.workdir, member.state.history))
             opened.callback(writers[-1].close)
@@ -176,11 +181,11 @@ def train(members: list[Member]) -> None:
                     state, sums = result.state, result.sums
                     # Fetching the sums waits for the device, so only as often as people look.
                     if bar.is_due():
-                        bar.show(result.step, finite(sums, run))
+                        bar.show(result.step, fetch_finite(sums, run))
                     profile.after_call(result.done)
                     if received:
                         break
-                fetched = finite(sums, run)
+                fetched = fetch_finite(sums, run)
 
             # -- Each run takes its slice of the stacked state and its share of the time.
             seconds = (time.perf_counter() - start) / len(members)
@@ -194,33 +199,35 @@ def train(members: list[Member]) -> None:
                     member.state.save(member.checkpoints, None)
                 raise interrupted(members, received[0])
 
-            # -- Validation, checkpoint, log; a signal is heeded when the epoch is saved.
+            # -- Validation, checkpoint, log. A signal is heeded when the epoch is saved, after the
+            # last epoch too: the evaluation of the splits, and other seeds, would take their time.
             for member, writer in zip(members, writers, strict=True):
                 record = end_epoch(member.run, member.state)
                 member.state.save(member.checkpoints, record["validation_accuracy"])
                 folder.write_history(member.run.workdir, member.state.history)
                 tensorboard_scalars(writer, record)
             logger.info("%s", epoch_line([m.state.history[-1] for m in members], num_epochs))
-            if received and epoch + 1 < num_epochs:
+            if received:
                 raise interrupted(members, received[0])
 
 
-def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
+def make_pipeline(step: TrainStep, runs: list[Run]) -> StreamPipeline | DevicePipeline:
     """Chooses how the steps of an epoch run: on images on the device, or on batches from the host.
 
     Args:
-        runs: that differ in their seeds only; several need their images on the device.
+        step: the pure train step of all runs.
+        runs: runs that differ in their seeds only; several need their images on the device.
     """
     config, split = runs[0].config, runs[0].splits["train"]
     keys = stack([run.keys for run in runs])
     wanted = config.data.pipeline
     if len(runs) > 1 or wanted == "device" or (wanted == "auto" and fits_on_device(split)):
-        return DevicePipeline(runs[0].train_step(), split, config.batch_size, keys)
-    return StreamPipeline(runs[0].train_step(), split, config.batch_size, keys)
+        return DevicePipeline(step, split, config.batch_size, keys)
+    return StreamPipeline(step, split, config.batch_size, keys)
 
 
-def finite(sums: StepSums, run: Run) -> StepSums:
-    """Fetches sums from the device; a loss that is not finite is a DivergedError."""
+def fetch_finite(sums: StepSums, run: Run) -> StepSums:
+    """Fetches sums from the device; raises a DivergedError if a loss is not finite."""
     fetched: StepSums = jax.device_get(sums)
     if fetched.diverged_at.any():
         raise diverged("training", int(fetched.diverged_at.max()), run)

@@ -53,7 +53,7 @@ def fetch_fashion_mnist(scratch: Path) -> Path:
                 raise ValueError("the files are not FashionMNIST's (SHA-256 of their content)")
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             failures.append(f"{name}: {_reason(error)}")
-            logger.info("FashionMNIST cannot be had from %s: %s", name, _reason(error))
+            logger.info("FashionMNIST could not be fetched from %s: %s", name, _reason(error))
             continue
         logger.info("FashionMNIST comes from %s.", name)
         return folder

@@ -139,7 +139,7 @@ def available() -> bool:
             handler = jax.ffi.pycapsule(getattr(library, target))
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        # A machine without a compiler is in order; a compiler that fails is a defect to look into.
+        # Having no compiler is normal; a compiler that fails deserves a warning.
         logger.log(
             logging.INFO if isinstance(error, _NoCompilerError) else logging.WARNING,
             "Convolutions run as XLA compiles them, several times slower on a CPU: %s",
@@ -182,7 +182,7 @@ def _compiler() -> str:
         path = shutil.which(name) if name else None
         if path:
             return path
-    raise _NoCompilerError("there is no C compiler (cc, gcc or clang) to compile faster ones")
+    raise _NoCompilerError("no C compiler (cc, gcc or clang) was found")
 
 
 def _identity(compiler: str) -> list[str]:

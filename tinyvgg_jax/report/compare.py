@@ -16,12 +16,11 @@ from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.report.evaluation import (
     CheckpointEvaluation,
     DataFolders,
-    evaluate_checkpoint,
+    evaluate_each_seed,
 )
 from tinyvgg_jax.report.scores import McNemar, accuracy_interval, mcnemar
 from tinyvgg_jax.runs import seeds
 from tinyvgg_jax.runs.folder import write_json, writing_to
-from tinyvgg_jax.runs.restore import run_config
 
 _AS_IN_CONFIGS = DataFolders()
 # The table has a line for each pair of runs up to this many runs; beyond, each is compared with the
@@ -115,11 +114,7 @@ def compare_runs(
     runs: list[ComparedRun] = []
     first: Split | None = None
     for workdir in workdirs:
-        folder = local_path(workdir)
-        evaluated = [
-            evaluate_checkpoint(one, split, step, folders)
-            for one in seeds.folders(folder, run_config(folder))
-        ]
+        evaluated = evaluate_each_seed(workdir, split, step, folders)
         first = first or evaluated[0].data
         if not _same(first, evaluated[0].data):
             raise UserError(f"{workdirs[0]} and {workdir} have different {split} splits.")

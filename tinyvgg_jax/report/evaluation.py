@@ -187,6 +187,35 @@ def write_evaluation(workdir: Path, split: str, content: dict[str, Any]) -> None
     write_json(folder / f"{split}.json", content)
 
 
+def evaluate_each_seed(
+    workdir: str | Path,
+    split: str = "test",
+    step: int | str = "latest",
+    folders: DataFolders = _AS_IN_CONFIG,
+    flip_averaging: bool = False,
+) -> list[CheckpointEvaluation]:
+    """Evaluates the runs of all seeds in a folder, or its only run.
+
+    Args and errors are those of `evaluate_checkpoint`.
+
+    Raises:
+        UserError: also if some seeds have not begun, or their latest steps differ.
+    """
+    workdir = local_path(workdir)
+    evaluated = [
+        evaluate_checkpoint(folder, split, step, folders, flip_averaging)
+        for folder in seeds.folders(workdir, run_config(workdir))
+    ]
+    steps = [one.step for one in evaluated]
+    # A mean over trained and half-trained networks would say nothing about the recipe.
+    if step == "latest" and len(set(steps)) > 1:
+        raise UserError(
+            f"the seeds in {workdir} stand at different steps ({', '.join(map(str, steps))}). Run "
+            "its command again to finish them, or pass --step best."
+        )
+    return evaluated
+
+
 def evaluate_seeds(
     workdir: str | Path,
     split: str = "test",
@@ -211,20 +240,16 @@ def evaluate_seeds(
         `flip_averaged_accuracy`; and `ensemble` with its `accuracy`, `correct` and `count`.
 
     Raises:
-        UserError: as `evaluate_checkpoint`; and if the training of some seeds has not begun.
+        UserError: as `evaluate_each_seed`.
     """
     check_split(split)
     workdir = local_path(workdir)
-    contents: dict[Path, dict[str, Any]] = {}
-    total = None
-    for folder in seeds.folders(workdir, run_config(workdir)):
-        evaluated = evaluate_checkpoint(folder, split, step, folders, flip_averaging)
-        contents[folder] = evaluation_content(evaluated)
-        probabilities = evaluated.result.probabilities
-        total = probabilities if total is None else total + probabilities
-    assert total is not None
-    correct = int((total.argmax(axis=1) == evaluated.data.labels).sum())
-    count = evaluated.result.count
+    each = evaluate_each_seed(workdir, split, step, folders, flip_averaging)
+    contents = {one.workdir: evaluation_content(one) for one in each}
+    # The class with the highest sum is the class with the highest mean.
+    total = sum(one.result.probabilities for one in each)
+    correct = int((np.argmax(total, axis=1) == each[0].data.labels).sum())
+    count = each[0].result.count
     measured = ("accuracy", "loss") + ("flip_averaged_accuracy",) * flip_averaging
     found = {
         name: seeds.statistics_of([one[name] for one in contents.values()]) for name in measured

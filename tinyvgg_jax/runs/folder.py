@@ -110,8 +110,8 @@ def describe(
         before = path.read_bytes() if path.exists() else None
     if before not in (None, json_text(content).encode()):
         raise UserError(
-            f"{workdir} holds a run on other data than {config.data.name} is here: see {path}, "
-            "unless that is damaged. Pass another --workdir, or the right --config.data.data_dir."
+            f"{workdir} holds a run on other data than the {config.data.name} found here (compare "
+            f"{path}). Pass another --workdir, or the right --config.data.data_dir."
         )
     write_json(path, content)
     write_json(workdir / "config.json", config.to_dict())
