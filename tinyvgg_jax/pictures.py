@@ -115,7 +115,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _skipped(files: list[Path]) -> str:
     """Describes the skipped files: their number and most frequent suffixes; "" for no files."""
     kinds = collections.Counter(file.suffix.lower() or file.name for file in files)
-    named = ", ".join(kind for kind, _ in kinds.most_common(5)) + ", ..." * (len(kinds) > 5)
+    named = ", ".join(kind for kind, _ in kinds.most_common(5))
+    if len(kinds) > 5:
+        named += ", ..."
     if len(files) < 2:
         return f"1 file is no picture and was skipped ({named})" if files else ""
     return f"{len(files):,} files are no pictures and were skipped ({named})"

@@ -250,7 +250,9 @@ def evaluate_seeds(
     total = sum(one.result.probabilities for one in each)
     correct = int((np.argmax(total, axis=1) == each[0].data.labels).sum())
     count = each[0].result.count
-    measured = ("accuracy", "loss") + ("flip_averaged_accuracy",) * flip_averaging
+    measured = ["accuracy", "loss"]
+    if flip_averaging:
+        measured.append("flip_averaged_accuracy")
     found = {
         name: seeds.statistics_of([one[name] for one in contents.values()]) for name in measured
     }

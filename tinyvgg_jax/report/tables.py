@@ -120,4 +120,4 @@ class PredictionTable:
         # The path comes last because it may be long. It may even hold a line break, so characters
         # that cannot be printed are escaped.
         path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
-        return head + "  ".join([*cells, path + "  (inverted)" * inverted])
+        return head + "  ".join([*cells, path + ("  (inverted)" if inverted else "")])
