@@ -149,7 +149,7 @@ static void take_tasks(Loop *loop) {
   }
 }
 
-/* The last to leave frees the loop: a helper may start only after the caller has rerotated. */
+/* The last to leave frees the loop: a helper may start only after the caller has returned. */
 static void leave(Loop *loop) {
   if (atomic_fetch_sub(&loop->users, 1) == 1) free(loop);
 }
