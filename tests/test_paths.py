@@ -65,9 +65,10 @@ def bars(config: ConfigDict) -> list[str]:
 
 @pytest.mark.parametrize("flag", ["--workdir", "--config.data.data_dir"])
 def test_an_address_elsewhere_is_refused_at_once_and_makes_no_folder(
-    flag: str, command_line: CommandLine
+    flag: str, command_line: CommandLine, tmp_path: Path
 ) -> None:
-    done = command_line("--config=configs/quick.py", f"{flag}=gs://bucket/x")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    done = command_line("--config=configs/quick.py", workdir, f"{flag}=gs://bucket/x")
     assert done.returncode == 2
     assert "gs://bucket/x is not on this machine" in done.stderr
     assert len(done.stderr.splitlines()) == 1
