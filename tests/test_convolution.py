@@ -32,7 +32,7 @@ ODD_SHAPES = [
 
 @pytest.fixture(params=["native", "patches"])
 def formulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What computes on a CPU: compiled C, or XLA's operations alone."""
+    """Selects the formulation of a convolution on a CPU: compiled C, or XLA's operations alone."""
     if request.param == "native":
         assert winograd.available(), "a C compiler is needed to test the compiled convolutions"
     else:

@@ -164,7 +164,7 @@ def test_killed_half_way_leaves_nothing_that_looks_prepared(
     arrays = idx.read_folder(folder)
     scratch = tmp_path / "tfds" / ".scratch"
     scratch.mkdir(parents=True)
-    # What a kill -9 leaves: the builder ran, and the move into place did not.
+    # A kill -9 leaves this behind: the builder has run, and its folder was not moved into place.
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: None)
         prepare.write_dataset(

@@ -22,7 +22,7 @@ def test_a_dependencys_fault_is_not_taken_for_a_missing_name(
         def __getattr__(self, name: str) -> object:
             raise AttributeError(f"module 'flax' has no attribute {name!r}")
 
-    # What an old version of a library looks like: there, but without what is new.
+    # An old version of a library can be imported, but lacks its newer names.
     monkeypatch.setitem(sys.modules, "flax.linen", Broken("flax.linen"))
     monkeypatch.setitem(sys.modules, "flax", types.ModuleType("flax"))
     monkeypatch.setattr(sys.modules["flax"], "linen", sys.modules["flax.linen"], raising=False)

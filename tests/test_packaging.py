@@ -1,4 +1,4 @@
-"""What a wheel and an sdist hold, and recipes by their bare names."""
+"""The contents of a wheel and an sdist, and recipes by their bare names."""
 
 import os
 import subprocess

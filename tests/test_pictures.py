@@ -121,7 +121,7 @@ def test_a_picture_of_the_networks_own_size_is_else_left_as_it_is() -> None:
     picture = normalise(255 - pixels, SHAPE, "yes")
     np.testing.assert_array_equal(picture.pixels, pixels)
     assert picture.inverted
-    # Of a network for colour images, nothing is inverted unasked.
+    # For a network that takes colour images, "auto" inverts nothing.
     colour = np.repeat(pixels, 3, axis=2)
     picture = normalise(colour, (28, 28, 3), "auto")
     np.testing.assert_array_equal(picture.pixels, colour)
@@ -209,7 +209,7 @@ def test_a_bare_wall_is_refused_in_spite_of_noise_and_uneven_light(
 def test_a_garment_that_was_cut_out_is_light_on_black(
     level: int, mode: str, fills: bool, tmp_path: Path
 ) -> None:
-    # Its edges are soft, and it may reach the picture's, even along most of them.
+    # The garment has soft edges, and where `fills` it reaches most of the picture's border.
     alpha = Image.new("L", (120, 140), 255 if fills else 0)
     box = (72, 70, 120, 140) if fills else (30, 20, 80, 130)
     alpha.paste(0 if fills else 255, box)
@@ -323,7 +323,7 @@ def test_a_picture_of_any_format_that_pillow_reads_is_found(tmp_path: Path) -> N
     assert sorted(path.suffix for path in found) == sorted(written)
     for path in found:
         assert load_picture(path, SHAPE).pixels.max() > 200, path.name
-    # Of these it reads nothing, or leaves them to another program.
+    # Pillow reads no pixels from these formats, or leaves them to another program.
     assert not suffixes() & {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".wmf", ".emf", ".grib"}
 
 

@@ -204,7 +204,7 @@ def test_a_signal_saves_and_the_same_call_goes_on_bit_for_bit(
 
 
 def without_steps(content: dict[str, Any]) -> dict[str, Any]:
-    """Which checkpoints are kept may differ; the last must not."""
+    """Leaves out all checkpoints but the last, because only the others may differ."""
     last = str(content["steps"][-1])
     digests = {last: content["digests"][last]}
     return {key: value for key, value in content.items() if key != "steps"} | {"digests": digests}
@@ -345,7 +345,7 @@ def test_it_trains_outside_of_the_main_thread(config: ConfigDict, tmp_path: Path
     assert result and "test_accuracy" in result[0]
 
 
-# What goes wrong
+# Errors
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(

@@ -260,17 +260,7 @@ class DevicePipeline:
     def epoch(
         self, state: TrainState, sums: StepSums, epoch: int, first_step: int
     ) -> Iterator[CallResult]:
-        """Runs the steps of an epoch from `first_step` on.
-
-        Args:
-            state: the state after the steps before; donated to the first call.
-            sums: the sums to add to; donated to the first call.
-            epoch: counted from 0.
-            first_step: counted from 0 within the epoch.
-
-        Yields:
-            The result of each call; see `CallResult` for how long its arrays may be used.
-        """
+        """Runs the steps of an epoch; see `StreamPipeline.epoch`."""
         return limit_queue(self._calls(state, sums, epoch, first_step))
 
     def _calls(
