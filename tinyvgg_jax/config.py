@@ -1,11 +1,9 @@
-"""The config of a run: one table of its fields, their checks, and how it is kept as JSON."""
+"""The config of a run: one table of its fields, and their checks."""
 
 import difflib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -215,23 +213,6 @@ def suggestion(word: str, known: Any) -> str:
     """Ends a sentence with `; did you mean 'x'?`, the nearest known word, or a full stop."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "."
-
-
-def from_file(path: Path) -> ConfigDict:
-    """Reads a run's config.json.
-
-    Raises:
-        UserError: if there is none, or it is not a valid config.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} holds no run: there is no {path.name} in it.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a config.")
-    return validated(content)
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
