@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +162,18 @@ def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:
     return Predictor(model, params, info.image_shape, info.class_names)
 
 
+class Classifier(Protocol):
+    """A network that `predict_files` can use, like a `Predictor`, whose members these are."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def probabilities(self, batch: np.ndarray, size: int) -> np.ndarray: ...
+
+
 class FilePrediction(NamedTuple):
     """Prediction for a picture file.
 
@@ -189,7 +201,7 @@ class FilePrediction(NamedTuple):
 
 
 def predict_files(
-    predictor: Predictor, paths: Iterable[str | Path], invert: str = "auto"
+    predictor: Classifier, paths: Iterable[str | Path], invert: str = "auto"
 ) -> Iterator[FilePrediction | UserError]:
     """Predicts the classes of picture files; it decodes files while the network runs.
 
@@ -245,7 +257,7 @@ def _result(path: Path, reading: Future[Picture] | UserError) -> Decoded:
 
 
 def _predict_chunk(
-    predictor: Predictor, chunk: list[Decoded], size: int
+    predictor: Classifier, chunk: list[Decoded], size: int
 ) -> Iterator[FilePrediction | UserError]:
     """Predicts the pictures of a chunk in one call, and yields its errors at their places."""
     pictures = [picture for _, picture in chunk if isinstance(picture, Picture)]

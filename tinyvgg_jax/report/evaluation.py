@@ -1,10 +1,12 @@
 """Evaluation of a run's checkpoints, and its JSON file `evaluation/SPLIT.json`."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.data import SPLITS, DatasetInfo, Split, load_splits
@@ -31,7 +33,7 @@ class DataFolders(NamedTuple):
     source_dir: str | None = None
 
 
-_AS_IN_CONFIG = DataFolders()
+AS_IN_CONFIG = DataFolders()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +80,35 @@ def check_split(split: str) -> None:
         raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}{nearest}")
 
 
+def load_run_splits(
+    config: ConfigDict, splits: Iterable[str], folders: DataFolders = AS_IN_CONFIG
+) -> tuple[dict[str, Split], DatasetInfo]:
+    """Loads splits as a run's config defines them.
+
+    Args:
+        config: the run's config.
+        splits: of "train", "validation" and "test" those that are wanted.
+        folders: folders of the data that replace those of the run's config.
+
+    Returns:
+        The splits by name, and the properties of the dataset.
+
+    Raises:
+        UserError: as `load_splits`.
+    """
+    return load_splits(
+        config.data.name,
+        {split: config.data[f"{split}_split"] for split in splits},
+        folders.data_dir or config.data.data_dir,
+        folders.source_dir or config.data.source_dir,
+    )
+
+
 def evaluate_checkpoint(
     workdir: str | Path,
     split: str = "test",
     step: int | str = "latest",
-    folders: DataFolders = _AS_IN_CONFIG,
+    folders: DataFolders = AS_IN_CONFIG,
     flip_averaging: bool = False,
 ) -> CheckpointEvaluation:
     """Evaluates a checkpoint of a run; nothing is written.
@@ -104,12 +130,7 @@ def evaluate_checkpoint(
     workdir = local_path(workdir)
     config = single_run_config(workdir)
     model, restored = restore_checkpoint(workdir, config, read_dataset(workdir), step)
-    splits, info = load_splits(
-        config.data.name,
-        {split: config.data[f"{split}_split"]},
-        folders.data_dir or config.data.data_dir,
-        folders.source_dir or config.data.source_dir,
-    )
+    splits, info = load_run_splits(config, [split], folders)
     if info != read_dataset(workdir):
         raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
     data = splits[split]
@@ -189,7 +210,7 @@ def evaluate_each_seed(
     workdir: str | Path,
     split: str = "test",
     step: int | str = "latest",
-    folders: DataFolders = _AS_IN_CONFIG,
+    folders: DataFolders = AS_IN_CONFIG,
     flip_averaging: bool = False,
 ) -> list[CheckpointEvaluation]:
     """Evaluates the runs of all seeds in a folder, or its only run.
@@ -218,7 +239,7 @@ def evaluate_seeds(
     workdir: str | Path,
     split: str = "test",
     step: int | str = "latest",
-    folders: DataFolders = _AS_IN_CONFIG,
+    folders: DataFolders = AS_IN_CONFIG,
     flip_averaging: bool = False,
 ) -> dict[Path, dict[str, Any]]:
     """Evaluates the runs of several seeds, and their ensemble; nothing is written.

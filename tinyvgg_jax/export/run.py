@@ -1,0 +1,341 @@
+"""Export of a run: from its checkpoint to verified files in `WORKDIR/export/`."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from tinyvgg_jax.config import suggestion
+from tinyvgg_jax.data import SPLITS, DatasetInfo, Split
+from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.evaluate import evaluate
+from tinyvgg_jax.export import card as cards
+from tinyvgg_jax.export import loaded, verify
+from tinyvgg_jax.export.card import Card
+from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.predict import Predictor
+from tinyvgg_jax.report.evaluation import AS_IN_CONFIG, DataFolders, load_run_splits
+from tinyvgg_jax.runs.files import subfolder, write_bytes, write_text, writing_to
+from tinyvgg_jax.runs.folder import read_dataset
+from tinyvgg_jax.runs.restore import restore_checkpoint, single_run_config
+
+# Images of the train split on which the ranges of an int8 network are measured.
+_CALIBRATION_IMAGES = 500
+
+
+class Trained(NamedTuple):
+    """A trained network, and what its files say about it.
+
+    Attributes:
+        model: the network, in float32.
+        params: its parameters.
+        info: its dataset's image shape and class names.
+        card: its card.
+    """
+
+    model: TinyVGG
+    params: Any
+    info: DatasetInfo
+    card: Card
+
+
+class Format(NamedTuple):
+    """A format of exported networks.
+
+    Attributes:
+        suffix: of its files.
+        libraries: the modules that it needs, besides JAX.
+        extra: the extra of this package that installs them.
+        export: makes the bytes of a file.
+        quantize: makes the bytes of an int8 file from images `[N, H, W, C]` uint8 for
+            calibration; None if the format has no int8.
+    """
+
+    suffix: str
+    libraries: tuple[str, ...]
+    extra: str
+    export: Callable[[Trained], bytes]
+    quantize: Callable[[Trained, np.ndarray], bytes] | None = None
+
+
+def _export_jax(trained: Trained) -> bytes:
+    from tinyvgg_jax.export.stablehlo import to_stablehlo
+
+    artifact = to_stablehlo(trained.model, trained.params, trained.info.image_shape)
+    return cards.append_card(artifact, trained.card)
+
+
+def _export_onnx(trained: Trained) -> bytes:
+    from tinyvgg_jax.export import onnx
+
+    artifact = onnx.to_onnx(trained.model, trained.params, trained.info.image_shape)
+    return onnx.with_card(artifact, trained.card)
+
+
+def _quantize_onnx(trained: Trained, images: np.ndarray) -> bytes:
+    from tinyvgg_jax.export import onnx
+
+    artifact = onnx.to_onnx(trained.model, trained.params, trained.info.image_shape)
+    return onnx.with_card(onnx.quantized(artifact, images), trained.card)
+
+
+def _export_litert(trained: Trained) -> bytes:
+    from tinyvgg_jax.export.litert import to_litert
+
+    artifact = to_litert(trained.model, trained.params, trained.info.image_shape)
+    return cards.append_card(artifact, trained.card)
+
+
+def _quantize_litert(trained: Trained, images: np.ndarray) -> bytes:
+    from tinyvgg_jax.export import litert
+
+    artifact = litert.to_litert(trained.model, trained.params, trained.info.image_shape)
+    return cards.append_card(litert.quantized(artifact, images), trained.card)
+
+
+def _export_torch(trained: Trained) -> bytes:
+    from tinyvgg_jax.export import torch
+
+    tensors = torch.to_torch(trained.model, trained.params, trained.info.image_shape)
+    return torch.to_safetensors(tensors, trained.card)
+
+
+FORMATS = {
+    "jax": Format(".jax", ("flatbuffers",), "export", _export_jax),
+    "onnx": Format(".onnx", ("onnx", "onnxruntime"), "onnx", _export_onnx, _quantize_onnx),
+    "litert": Format(
+        ".tflite",
+        ("litert_converter", "litert_quantizer", "ai_edge_litert"),
+        "litert",
+        _export_litert,
+        _quantize_litert,
+    ),
+    "torch": Format(".safetensors", ("safetensors",), "export", _export_torch),
+}
+
+
+def formats_of(names: str, int8: bool) -> list[str]:
+    """Parses the names of formats, and checks that their libraries are there.
+
+    Args:
+        names: names from `FORMATS` with commas between them; or "all", for those whose libraries
+            are there.
+        int8: whether int8 files are wanted.
+
+    Returns:
+        The names.
+
+    Raises:
+        UserError: if a name is unknown, its libraries are missing, or it has no int8.
+    """
+    if names == "all":
+        usable = [name for name, kind in FORMATS.items() if not int8 or kind.quantize]
+        return [name for name in usable if not _missing(name)]
+    wanted = list(dict.fromkeys(names.split(",")))
+    for name in wanted:
+        if name not in FORMATS:
+            known = ", ".join([*FORMATS, "all"])
+            raise UserError(f"unknown format {name!r}; one of {known}{suggestion(name, FORMATS)}")
+        if int8 and not FORMATS[name].quantize:
+            with_int8 = ", ".join(name for name, kind in FORMATS.items() if kind.quantize)
+            raise UserError(f"the format {name} has no int8; {with_int8} have.")
+        if missing := _missing(name):
+            raise UserError(missing)
+    return wanted
+
+
+def _missing(name: str) -> str:
+    """Says which library of a format is missing; "" if none is."""
+    kind = FORMATS[name]
+    missing = [library for library in kind.libraries if importlib.util.find_spec(library) is None]
+    if not missing:
+        return ""
+    message = (
+        f"the format {name} needs {' and '.join(missing)}: pip install 'tinyvgg-jax[{kind.extra}]'."
+    )
+    if name == "litert":
+        message += (
+            " They exist for Python 3.11, 3.13 and 3.14 on Linux x86-64 and macOS arm64 only."
+        )
+    return message
+
+
+def export_run(
+    workdir: str | Path,
+    formats: list[str],
+    step: int | str = "best",
+    *,
+    int8: bool = False,
+    output: str | Path | None = None,
+    verified: bool = True,
+    folders: DataFolders = AS_IN_CONFIG,
+) -> tuple[list[Path], str]:
+    """Exports a run's network to files, and verifies them on the validation split.
+
+    Args:
+        workdir: the folder that `train_and_evaluate` wrote.
+        formats: as from `formats_of`.
+        step: the checkpoint, as in `restore`.
+        int8: whether the files are quantized to int8.
+        output: the file to write, of a single format; None for files in `WORKDIR/export`.
+        verified: whether the files are verified.
+        folders: folders of the data that replace those of the run's config.
+
+    Returns:
+        The files, and the table of their verification, which is empty without one.
+
+    Raises:
+        UserError: if there is no such run or checkpoint; if the data cannot be loaded; if a file
+            cannot be written, or is not the same network, in which case it is not kept.
+    """
+    workdir = local_path(workdir)
+    config, info = single_run_config(workdir), read_dataset(workdir)
+    targets = {name: _target(workdir, name, int8, output) for name in formats}
+    model, restored = restore_checkpoint(workdir, config, info, step)
+    # Files compute in float32, so that is what they are compared with.
+    model = model.clone(dtype=jnp.float32, native=False)
+    # The splits are needed to verify, and the train split to calibrate.
+    wanted = ([*SPLITS] if verified else []) or (["train"] if int8 else [])
+    splits = load_run_splits(config, wanted, folders)[0] if wanted else {}
+    evaluated = {
+        name: evaluate(model, restored.params, splits[name])
+        for name in ("validation", "test")
+        if name in splits
+    }
+    test_accuracy = evaluated["test"].accuracy if evaluated else None
+    card = cards.make_card(
+        info.image_shape,
+        info.class_names,
+        config=config.to_dict(),
+        step=restored.step,
+        test_accuracy=test_accuracy,
+        dtype="int8" if int8 else "float32",
+    )
+    trained = Trained(model, restored.params, info, card)
+    check = None
+    if verified:
+        check = Check(trained, splits["validation"], evaluated["validation"].probabilities)
+    files: list[Path] = []
+    for name in formats:
+        content = _content(name, trained, splits.get("train"), int8)
+        _write(targets[name], content, partial(check.file, name, int8) if check else None)
+        files.append(targets[name])
+        if name == "litert" and int8:
+            files += _write_micro(targets[name], content, trained, splits)
+    return files, check.table() if check else ""
+
+
+def _target(workdir: Path, name: str, int8: bool, output: str | Path | None) -> Path:
+    """Names the file of a format; checks `output` before anything is computed."""
+    suffix = FORMATS[name].suffix
+    if output is None:
+        return subfolder(workdir, "export") / f"model{'.int8' if int8 else ''}{suffix}"
+    path = local_path(output)
+    if path.suffix != suffix:
+        raise UserError(f"{path}: a file of the format {name} ends in {suffix}.")
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _content(name: str, trained: Trained, train: Split | None, int8: bool) -> bytes:
+    """Makes the bytes of a file."""
+    kind = FORMATS[name]
+    with contextlib.redirect_stdout(sys.stderr):
+        if int8 and kind.quantize and train is not None:
+            # Images from everywhere in the split, whatever its order is.
+            chosen = np.linspace(0, len(train) - 1, _CALIBRATION_IMAGES).astype(int)
+            return kind.quantize(trained, train.images[np.unique(chosen)])
+        return kind.export(trained)
+
+
+def _write(path: Path, content: bytes, check: Callable[[Path], None] | None) -> None:
+    """Writes a file, and gives it its name when it is verified."""
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write_bytes(scratch, content)
+        if check:
+            check(scratch)
+        with writing_to(path):
+            scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _write_micro(
+    path: Path, content: bytes, trained: Trained, splits: dict[str, Split]
+) -> list[Path]:
+    """Writes the C++ pair of an int8 network, with images of the test split."""
+    from tinyvgg_jax.export import micro
+
+    data = splits.get("test", splits["train"])
+    artifact, _ = cards.read_appended(content)
+    name = "model_int8" if path.name == "model.int8.tflite" else path.stem.replace(".", "_")
+    images, labels = data.images[: micro.TESTS], data.labels[: micro.TESTS]
+    texts = micro.to_micro(artifact, images, labels, trained.card, name)
+    for file, text in texts.items():
+        write_text(path.with_name(file), text)
+    return [path.with_name(file) for file in texts]
+
+
+class Check:
+    """Verification of the files of a run, one after another."""
+
+    def __init__(self, trained: Trained, data: Split, reference: np.ndarray):
+        """Prepares the comparisons.
+
+        Args:
+            trained: the network.
+            data: the validation split.
+            reference: `[N, num_classes]` its probabilities in JAX.
+        """
+        self._trained, self._data, self._reference = trained, data, reference
+        self._accuracy = float((reference.argmax(axis=1) == data.labels).mean())
+        predictor = Predictor(
+            trained.model, trained.params, trained.info.image_shape, trained.info.class_names
+        )
+        one, many = data.images[:1], data.images[: verify.LARGE_BATCH]
+        times = (
+            verify.milliseconds(lambda images: predictor.probabilities(images, 1), one),
+            verify.milliseconds(lambda images: predictor.probabilities(images, len(many)), many),
+        )
+        self._rows = [verify.Verified("JAX", None, 0, self._accuracy, 0, 0.0, times)]
+
+    def file(self, name: str, int8: bool, path: Path) -> None:
+        """Verifies a file of a format, and adds it to the table.
+
+        Raises:
+            UserError: as `verify.require_same`.
+        """
+        call, timed = _calls(path, self._trained)
+        found = verify.probabilities(call, self._data.images)
+        row = verify.compare(
+            f"{name} int8" if int8 else name, path, found, self._data.labels, self._reference
+        )
+        verify.require_same(row, None if int8 else found, self._reference, self._accuracy)
+        one, many = self._data.images[:1], self._data.images[: verify.LARGE_BATCH]
+        if timed:
+            times = verify.milliseconds(timed, one), verify.milliseconds(call, many)
+            row = row._replace(milliseconds=times)
+        self._rows.append(row)
+
+    def table(self) -> str:
+        """Formats the comparisons so far."""
+        return verify.table(self._rows, "validation", len(self._data))
+
+
+def _calls(path: Path, trained: Trained) -> tuple[loaded.Call, loaded.Call | None]:
+    """Loads a file: on all cores, and on one thread for its timing, if it can be timed."""
+    if path.suffix == ".safetensors":
+        from tinyvgg_jax.export import torch
+
+        return torch.load_call(path, trained.model, trained.info.image_shape)
+    return loaded.load(path).call, loaded.load(path, threads=1).call
