@@ -120,7 +120,7 @@ def test_what_cannot_be_evaluated_is_said(
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         restore(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
         restore(tmp_path)
 
 

@@ -175,7 +175,7 @@ def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     """Copies a config in which every field is there, of its type and in its range, and locks it.
 
     Args:
-        config: the fields of `configs/default.py`.
+        config: the fields of `configs/default.py`, or the content of a run's `config.json`.
 
     Returns:
         The copy: tuples for lists, floats for whole numbers where a float is meant.
@@ -189,6 +189,8 @@ def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
         if field.value_before is not REQUIRED
     }
     given = before | dict(_flatten(config))
+    # A run's config.json, loaded as it is, holds its digest too.
+    given.pop("sha256", None)
     for name in given:
         if name not in FIELDS:
             raise UserError(f"unknown config field {name!r}{suggestion(name, FIELDS)}")
