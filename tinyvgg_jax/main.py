@@ -32,7 +32,7 @@ Predict the classes of pictures, files or folders of them:
 Draw how the network sees a picture, its feature maps and where it looked:
   python -m tinyvgg_jax.main --mode explain --workdir runs/default IMAGE
                              [--output FILE.png] [--invert auto|yes|no] [--step N|latest|best]
-Compare runs on the same images:
+Compare runs on the same images; with --output, draw them too:
   python -m tinyvgg_jax.main --mode compare RUN RUN... [--output FILE.png]
                              [--split train|validation|test] [--step N|latest|best]
 Only prepare the dataset, for example before going offline:
@@ -228,7 +228,7 @@ def _prepare(_: list[str]) -> int:
 def _evaluate(_: list[str]) -> int:
     workdir, step, split = _existing_workdir(), _step("latest"), _SPLIT.value
     from tinyvgg_jax.report import evaluation, tables
-    from tinyvgg_jax.report.page import write_report
+    from tinyvgg_jax.report.page import write_report, write_seeds_report
     from tinyvgg_jax.runs.restore import run_config
 
     _start_jax()
@@ -236,10 +236,15 @@ def _evaluate(_: list[str]) -> int:
     arguments = (workdir, split, step, _data_folders(), _FLIP_AVERAGING.value)
     # The figures are printed before they are written, since a run may lie in a read-only folder.
     if run_config(workdir).num_seeds > 1:
-        contents = evaluation.evaluate_seeds(*arguments)
-        print(tables.seeds_table(contents[workdir], split), flush=True)
-        for folder, content in contents.items():
-            evaluation.write_evaluation(folder, split, content)
+        each = evaluation.evaluate_each_seed(*arguments)
+        content = evaluation.seeds_content(each)
+        print(tables.seeds_table(content, split), flush=True)
+        for one in each:
+            own = evaluation.evaluation_content(one)
+            evaluation.write_evaluation(one.workdir, split, own)
+            write_report(one, own)
+        evaluation.write_evaluation(workdir, split, content)
+        print(f"report: {write_seeds_report(workdir, each, content)}")
         return 0
     evaluated = evaluation.evaluate_checkpoint(*arguments)
     content = evaluation.evaluation_content(evaluated)
@@ -280,13 +285,15 @@ def _explain(paths: list[str]) -> int:
 
 
 def _compare(paths: list[str]) -> int:
-    step, output = _step("latest"), local_path(_OUTPUT.value or "comparison.png")
+    step = _step("latest")
+    output = None if _OUTPUT.value is None else local_path(_OUTPUT.value)
     from tinyvgg_jax.report.compare import compare_runs, comparison_table, write_comparison
 
     _start_jax()
     comparison = compare_runs(paths, _SPLIT.value, step, _data_folders())
     print(comparison_table(comparison))
-    print(f"plot: {write_comparison(comparison, output)}")
+    if output is not None:
+        print(f"plot: {write_comparison(comparison, output)}")
     return 0
 
 

@@ -1,7 +1,6 @@
 """Training: a run, or several at once, from its config to its summary."""
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ from tinyvgg_jax.report.progress import (
     tensorboard_scalars,
     tensorboard_writer,
 )
+from tinyvgg_jax.report.recipe import library_versions
 from tinyvgg_jax.runs import folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 _SUMMARY_KEYS = {"dataset", "step", "parameters", "seconds", "device", "versions"} | {
     f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")
 }
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
 class Member(NamedTuple):
@@ -296,7 +295,7 @@ def finish(run: Run, state: RunState) -> dict[str, Any]:
         "parameters": count_parameters(state.train.params),
         "seconds": sum(record["seconds"] for record in state.history),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": library_versions(),
     }
     folder.write_json(path, summary)
     return summary

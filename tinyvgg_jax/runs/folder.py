@@ -8,13 +8,16 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.errors import UserError
+
+if TYPE_CHECKING:
+    # Listing runs does not wait for JAX.
+    from tinyvgg_jax.data import DatasetInfo, Split
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json_text(content))
 
 
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """Reads a run's `summary.json`; None if the run is not finished, or the file is damaged."""
+    try:
+        content: dict[str, Any] = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        for key in ("seconds", "train_accuracy", "validation_accuracy", "test_accuracy"):
+            content[key] = float(content[key])
+        dict(content["versions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return content
+
+
 def write_history(workdir: Path, history: list[dict[str, Any]]) -> None:
     """Replaces a run's `metrics.jsonl`: one line of JSON for each finished epoch."""
     write_text(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
@@ -90,7 +105,7 @@ def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
 
 
 def describe(
-    workdir: Path, config: ConfigDict, splits: dict[str, Split], info: DatasetInfo
+    workdir: Path, config: ConfigDict, splits: "dict[str, Split]", info: "DatasetInfo"
 ) -> None:
     """Writes `dataset.json` and `config.json`, which identify the folder's run.
 
