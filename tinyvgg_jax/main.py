@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import re
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import tinyvgg_jax
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.paths import local_path
@@ -35,8 +37,14 @@ Draw how the network sees a picture, its feature maps and where it looked:
 Compare runs on the same images; with --output, draw them too:
   python -m tinyvgg_jax.main --mode compare RUN RUN... [--output FILE.png]
                              [--split train|validation|test] [--step N|latest|best]
+List the runs below folders, and how far they are:
+  python -m tinyvgg_jax.main --mode list [FOLDER...]
+Show the layers of a network, their parameters and multiply-adds:
+  python -m tinyvgg_jax.main --mode describe --config default | --workdir runs/default
 Only prepare the dataset, for example before going offline:
   python -m tinyvgg_jax.main --mode prepare --config default
+Show the versions of this package and its libraries:
+  python -m tinyvgg_jax.main --version
 A config is a Python file, or the name of one that comes with the package: {recipes}.
 Every field is explained in {default}.
 """
@@ -109,7 +117,7 @@ def _parse(argv: list[str]) -> list[str]:
         )
     if len(rest) > 1 and not mode.paths:
         raise UserError(f"unexpected argument {rest[1]!r} (--help shows the usage)")
-    if len(rest) == 1 and mode.paths:
+    if len(rest) == 1 and mode.paths and not mode.paths.startswith("["):
         raise UserError(f"--mode {_MODE.value} needs {mode.paths} (see --help).")
     return rest[1:]
 
@@ -297,12 +305,43 @@ def _compare(paths: list[str]) -> int:
     return 0
 
 
+def _list(paths: list[str]) -> int:
+    from tinyvgg_jax.report.listing import list_runs, runs_table
+
+    print(runs_table(list_runs(paths or ["runs"])))
+    return 0
+
+
+def _describe(_: list[str]) -> int:
+    if (_WORKDIR.value is None) == (_CONFIG.value is None):
+        raise UserError("--mode describe needs either --config or --workdir.")
+    config = _config() if _WORKDIR.value is None else None
+    from tinyvgg_jax.report import describe
+
+    _start_jax()
+    if config is None:
+        model, shape = describe.model_of_run(_existing_workdir())
+    else:
+        model, shape = describe.model_of_config(config)
+    print(describe.layers_table(describe.describe_model(model, shape), shape))
+    return 0
+
+
+def _versions() -> str:
+    """Lists the versions of this package, of Python and of the libraries that it stands on."""
+    from tinyvgg_jax.report.recipe import library_versions
+
+    python = {"tinyvgg_jax": tinyvgg_jax.__version__, "Python": platform.python_version()}
+    return "\n".join(f"{name} {version}" for name, version in (python | library_versions()).items())
+
+
 class Mode(NamedTuple):
     """A mode of the command line.
 
     Attributes:
         run: takes the paths on the command line and returns the exit status.
-        paths: what these paths are; empty for a mode that takes none.
+        paths: what these paths are, in brackets if they may be left out; empty for a mode that
+            takes none.
     """
 
     run: Callable[[list[str]], int]
@@ -315,6 +354,8 @@ MODES = {
     "predict": Mode(_predict, "IMAGE..."),
     "explain": Mode(_explain, "IMAGE"),
     "compare": Mode(_compare, "RUN RUN..."),
+    "list": Mode(_list, "[FOLDER...]"),
+    "describe": Mode(_describe),
     "prepare": Mode(_prepare),
 }
 
@@ -329,6 +370,9 @@ def main(argv: list[str] | None = None) -> int:
     if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
         recipes = ", ".join(sorted(_RECIPES))
         print(USAGE.format(recipes=recipes, default=_RECIPES["default"]), end="")
+        return 0
+    if "--version" in argv[1:]:
+        print(_versions())
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
