@@ -20,7 +20,8 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import Picture, find_all, load_picture, quiet_pillow
-from tinyvgg_jax.runs.restore import restore, run_info
+from tinyvgg_jax.runs.folder import read_dataset
+from tinyvgg_jax.runs.restore import restore
 from tinyvgg_jax.step import to_float
 from tinyvgg_jax.system import MemoryBudget, available_memory
 
@@ -159,7 +160,7 @@ def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:
         UserError: if there is no such run or checkpoint, or none that is intact; see `restore`.
     """
     model, params = restore(workdir, step)
-    info = run_info(local_path(workdir))
+    info = read_dataset(local_path(workdir))
     return Predictor(model, params, info.image_shape, info.class_names)
 
 

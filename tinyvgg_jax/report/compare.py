@@ -1,6 +1,5 @@
 """Comparison of runs: accuracy with its interval, size, training time, and significance."""
 
-import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,9 +17,12 @@ from tinyvgg_jax.report.evaluation import (
     DataFolders,
     evaluate_each_seed,
 )
+from tinyvgg_jax.report.plots import png
 from tinyvgg_jax.report.scores import McNemar, accuracy_interval, mcnemar
+from tinyvgg_jax.report.terminal import printable
 from tinyvgg_jax.runs import seeds
-from tinyvgg_jax.runs.folder import write_json, writing_to
+from tinyvgg_jax.runs.files import write_bytes, write_json, writing_to
+from tinyvgg_jax.runs.folder import read_summary
 
 _AS_IN_CONFIGS = DataFolders()
 # The table has a line for each pair of runs up to this many runs; beyond, each is compared with the
@@ -163,16 +165,15 @@ def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
 
 def _seconds(workdir: Path) -> float | None:
     """Reads the training time from `summary.json`; None if it is missing or damaged."""
-    try:
-        return float(json.loads((workdir / "summary.json").read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    summary = read_summary(workdir)
+    return None if summary is None else float(summary["seconds"])
 
 
 def comparison_table(comparison: Comparison) -> str:
     """Formats a comparison for the terminal: a row for each run, then a line for each test."""
     runs = comparison.runs
-    width = max(len("run"), *(len(run.name) for run in runs))
+    names = [printable(run.name) for run in runs]
+    width = max(len("run"), *map(len, names))
     accuracy = f"{comparison.split} accuracy"
     lines = [
         f"    {'run':<{width}}  {accuracy}  {'95 % interval':>15}  {'parameters':>10}  {'time':>8}"
@@ -181,7 +182,7 @@ def comparison_table(comparison: Comparison) -> str:
         low, high = run.interval
         seconds = "-" if run.seconds is None else f"{run.seconds:,.0f} s"
         lines.append(
-            f"{index:>2}  {run.name:<{width}}  {run.accuracy:>{len(accuracy)}.2%}  "
+            f"{index:>2}  {names[index - 1]:<{width}}  {run.accuracy:>{len(accuracy)}.2%}  "
             f"{low:>7.2%}-{high:.2%}  {run.parameters:>10,}  {seconds:>8}"
         )
     lines.append("")
@@ -282,6 +283,6 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     }
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_comparison(comparison).savefig(path, format="png", dpi=120)
+    write_bytes(path, png(draw_comparison(comparison), dpi=120))
     write_json(path.with_name(f"{path.name}.json"), content)
     return path

@@ -21,7 +21,8 @@ from tinyvgg_jax.ops.pooling import max_pool_2x2
 from tinyvgg_jax.paths import local_path, open_regular
 from tinyvgg_jax.pictures import load_picture, quiet_pillow
 from tinyvgg_jax.predict import Predictor, load_predictor
-from tinyvgg_jax.runs.folder import writing_to
+from tinyvgg_jax.report.plots import png
+from tinyvgg_jax.runs.files import subfolder, write_bytes, writing_to
 from tinyvgg_jax.step import to_float
 
 # Columns of a grid of feature maps; blocks of more than 128 features get twice as many.
@@ -133,11 +134,14 @@ def explain_file(
         picture = load_picture(path, predictor.image_shape, invert)
     explanation = explain(predictor, picture.pixels)
     source = hashlib.sha256(picture.pixels.tobytes()).hexdigest()
-    target = local_path(output) if output else _free_name(workdir / "explain", path.stem, source)
-    with writing_to(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure = draw(explanation, predictor.class_names)
-        figure.savefig(target, format="png", dpi=100, metadata={"Source": source})
+    if output:
+        target = local_path(output)
+        with writing_to(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        target = _free_name(subfolder(workdir, "explain"), path.stem, source)
+    figure = draw(explanation, predictor.class_names)
+    write_bytes(target, png(figure, dpi=100, metadata={"Source": source}))
     return target
 
 

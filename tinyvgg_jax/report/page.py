@@ -17,7 +17,7 @@ from tinyvgg_jax.report import plots
 from tinyvgg_jax.report.evaluation import CheckpointEvaluation
 from tinyvgg_jax.report.scores import accuracy_interval, calibration
 from tinyvgg_jax.report.tables import PAPER
-from tinyvgg_jax.runs.folder import write_text, writing_to
+from tinyvgg_jax.runs.files import subfolder, write_bytes, write_text
 
 _MAX_WRONG, _MAX_CORRECT = 24, 24
 _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
@@ -38,18 +38,16 @@ def write_report(evaluated: CheckpointEvaluation, content: dict[str, Any]) -> Pa
     Raises:
         UserError: if the files cannot be written.
     """
-    workdir, split = evaluated.workdir, evaluated.split
-    folder, page = workdir / "evaluation" / split, workdir / "evaluation" / "report.html"
+    folder = subfolder(evaluated.workdir, "evaluation", evaluated.split)
+    page = folder.parent / "report.html"
     drawings = _drawings(evaluated, content)
     wrong, correct = _most_confident_wrong(evaluated), _sample_of_correct(evaluated)
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in drawings.items():
-            (folder / f"{name}.png").write_bytes(plots.png(draw(plots.LIGHT)))
-        for name, chosen in (("wrong", wrong), ("right", correct)):
-            captions = ["\n".join(_caption(evaluated, index)) for index in chosen]
-            figure = plots.gallery(evaluated.data.images[chosen], captions)
-            (folder / f"{name}.png").write_bytes(plots.png(figure))
+    for name, draw in drawings.items():
+        write_bytes(folder / f"{name}.png", plots.png(draw(plots.LIGHT)))
+    for name, chosen in (("wrong", wrong), ("right", correct)):
+        captions = ["\n".join(_caption(evaluated, index)) for index in chosen]
+        figure = plots.gallery(evaluated.data.images[chosen], captions)
+        write_bytes(folder / f"{name}.png", plots.png(figure))
     write_text(page, _page(evaluated, content, drawings, wrong, correct))
     return page
 

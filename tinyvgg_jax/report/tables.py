@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from tinyvgg_jax.report.terminal import printable
+
 # Accuracies that the paper reports for FashionMNIST, in percent.
 PAPER = {"train": 90.3, "validation": 89.7, "test": 89.5}
 
@@ -31,7 +33,7 @@ def summary_table(summary: dict[str, Any], workdir: Path) -> str:
         lines.append(line)
     lines.append(
         f"{summary['parameters']:,} parameters, {summary['seconds']:,.0f} s of training on "
-        f"{summary['device']}; everything is in {workdir}"
+        f"{printable(summary['device'])}; everything is in {printable(str(workdir))}"
     )
     return "\n".join(lines)
 
@@ -43,13 +45,12 @@ def evaluation_table(content: dict[str, Any], split: str) -> str:
         content: as from `evaluation_content`.
         split: the split's name.
     """
-    width = max(len(row["class"]) for row in content["per_class"])
+    names = [printable(row["class"]) for row in content["per_class"]]
+    width = max(map(len, names))
     lines = [f"{'class':<{width}}  accuracy  correct    count"]
-    for row in content["per_class"]:
+    for name, row in zip(names, content["per_class"], strict=True):
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
-        lines.append(
-            f"{row['class']:<{width}}  {accuracy:>8}  {row['correct']:>7,}  {row['count']:>7,}"
-        )
+        lines.append(f"{name:<{width}}  {accuracy:>8}  {row['correct']:>7,}  {row['count']:>7,}")
     if "flip_averaged_accuracy" in content:
         lines.append(
             f"{split}: accuracy {content['flip_averaged_accuracy']:.2%} averaged over mirror images"
@@ -94,9 +95,9 @@ class PredictionTable:
         Args:
             class_names: the names of all classes.
         """
-        self._names = class_names
+        self._names = [printable(name) for name in class_names]
         # Six characters at least, so that the columns are as wide as their titles.
-        self._width = max(6, *(len(name) for name in class_names))
+        self._width = max(6, *map(len, self._names))
         # A probability adds seven characters to a class name.
         column = self._width + 7
         self._head = f"{'prediction':<{column}}  {'second choice':<{column}}  file\n"
@@ -117,7 +118,5 @@ class PredictionTable:
             f"{self._names[label]:<{self._width}} {probabilities[label]:>6.1%}"
             for label in np.argsort(-probabilities, kind="stable")[:2]
         ]
-        # The path comes last because it may be long. It may even hold a line break, so characters
-        # that cannot be printed are escaped.
-        path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
-        return head + "  ".join([*cells, path + ("  (inverted)" if inverted else "")])
+        # The path comes last because it may be long.
+        return head + "  ".join([*cells, printable(path) + ("  (inverted)" if inverted else "")])
