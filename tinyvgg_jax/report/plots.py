@@ -50,10 +50,10 @@ LIGHT = Theme("#ffffff", "#22201d", "#dcd7d0", "#b5451c", "#2f6f8f")
 DARK = Theme("#1d1c1a", "#ece8e1", "#4a4641", "#f08a5d", "#7cc0dd")
 
 
-def png(figure: Figure, dpi: int = 140) -> bytes:
-    """Renders a figure as the bytes of a PNG file."""
+def png(figure: Figure, dpi: int = 140, metadata: dict[str, str] | None = None) -> bytes:
+    """Renders a figure as the bytes of a PNG file, with `metadata` among its text."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
