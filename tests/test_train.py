@@ -128,9 +128,9 @@ def test_the_test_split_is_evaluated_once_after_training(
 ) -> None:
     sizes: list[int] = []
 
-    def spy(model: TinyVGG, params: Any, split: Split) -> Any:
+    def spy(model: TinyVGG, params: Any, split: Split, **rest: Any) -> Any:
         sizes.append(len(split))
-        return evaluate(model, params, split)
+        return evaluate(model, params, split, **rest)
 
     monkeypatch.setattr(train, "evaluate", spy)
     train_and_evaluate(config, tmp_path)

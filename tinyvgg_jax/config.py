@@ -37,7 +37,7 @@ class Field(NamedTuple):
         checks: conditions on its value, checked in this order.
         value_before: value assumed for a config.json written before the field existed.
         affects_result: whether a changed value makes it a different run, which cannot go on in the
-            same folder.
+            same folder. `num_epochs` and `num_seeds` have rules of their own in `runs.folder`.
     """
 
     kind: type | tuple[type, ...]
@@ -91,8 +91,14 @@ FIELDS: dict[str, Field] = {
         "number of runs, with this seed, the next, and so on",
         (_within(1, 1000, "from 1 to 1000"),),
         value_before=1,
+        affects_result=False,
     ),
-    "num_epochs": Field(int, "passes over the train split", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
+    "num_epochs": Field(
+        int,
+        "passes over the train split",
+        (_AT_LEAST_1, _AT_MOST_A_MILLION),
+        affects_result=False,
+    ),
     "batch_size": Field(int, "images a step", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
     "learning_rate": Field(float, "highest learning rate", (_POSITIVE,)),
     "learning_rate_decay": Field(
@@ -165,7 +171,10 @@ FIELDS: dict[str, Field] = {
     "data.data_dir": Field(_FOLDER, "tfds's folder of datasets", affects_result=False),
     "data.source_dir": Field(_FOLDER, "folder of IDX files to prepare from", affects_result=False),
     "data.pipeline": Field(
-        str, "where the images wait for their steps", (_one_of("auto", "device", "stream"),)
+        str,
+        "where the images wait for their steps",
+        (_one_of("auto", "device", "stream"),),
+        affects_result=False,
     ),
     "data.train_split": Field(str, "what is trained on"),
     "data.validation_split": Field(str, "what is evaluated after every epoch"),
@@ -221,7 +230,7 @@ def from_file(path: Path) -> ConfigDict:
     """Reads a run's config.json.
 
     Raises:
-        UserError: if there is none, or it is not a valid config.
+        UserError: if there is none, or it is not a valid config; the message names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -231,7 +240,10 @@ def from_file(path: Path) -> ConfigDict:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a config.")
-    return validated(content)
+    try:
+        return validated(content)
+    except UserError as error:
+        raise UserError(f"{path} is not valid: {error}") from error
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
