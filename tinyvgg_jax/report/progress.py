@@ -57,6 +57,8 @@ class _Bar:
             total=total,
             initial=done,
             delay=delay,
+            # Whoever asks `is_due` calls `show` rarely enough.
+            mininterval=0,
             miniters=1,
             disable=not sys.stderr.isatty(),
             leave=False,
@@ -186,7 +188,8 @@ class TrainingProgress:
         self._run, self._num_runs = runs[0], len(runs)
         self._title, self._pace = command.title(runs), command.pace
         self._others = command.work_of_others(runs)
-        self._all = "all seeds" if len(command.titles) > len(runs) else "the run"
+        alone = len(command.titles) == len(runs)
+        self._all, self._all_in_brief = ("the run", "run") if alone else ("all seeds", "all")
         # Time and step of the epoch from which on the speed is measured; the first call compiles.
         self._mark: tuple[float, int] | None = None
         self._is_compiled = False
@@ -247,7 +250,7 @@ class TrainingProgress:
             rate = f"{1 / self._pace.train:,.0f} images/s"
             epoch_seconds = self._images(steps - step) * self._pace.train
             epoch, in_all = f"{duration(epoch_seconds)} left", f"{left} in {self._all}"
-            brief = f"{'run' if self._all == 'the run' else 'all'} {left}"
+            brief = f"{self._all_in_brief} {left}"
             short = f"{epoch}, {brief}"
             words = [
                 f"{both}, {rate}, {epoch} in the epoch, {in_all}",
