@@ -95,10 +95,9 @@ def test_two_epochs_and_then_four_are_four_epochs_bit_for_bit(
     assert (before["step"], after["step"]) == (16, 32)
     content = content_of(tmp_path / "in two")
     assert content == content_of(tmp_path / "at once")
-    for (step, value), record in zip(
-        scalars_of(tmp_path / "in two", "loss/train"), content["records"], strict=True
-    ):
-        assert (step, value) == (record["step"], pytest.approx(record["train_loss"]))
+    scalars = scalars_of(tmp_path / "in two", "loss/train")
+    for (step, value), record in zip(scalars, content["records"], strict=True):
+        assert step == record["step"] and value == pytest.approx(record["train_loss"])
 
 
 @pytest.mark.parametrize("together", [False, True])
