@@ -124,7 +124,7 @@ def test_a_run_whose_schedule_depends_on_its_epochs_cannot_go_on_and_is_told_why
     train_and_evaluate(config, tmp_path)
     before = files_of(tmp_path)
     config.num_epochs = 2
-    with pytest.raises(UserError, match=r"a run of 1 epochs.* of 2: with the schedule 'cosine'"):
+    with pytest.raises(UserError, match=r"num_epochs=1, .* of num_epochs=2: with .* 'cosine'"):
         train_and_evaluate(config, tmp_path)
     assert files_of(tmp_path) == before
 
@@ -143,7 +143,9 @@ def test_a_run_is_not_cut_short_of_what_it_has_been_trained_for(
             train_and_evaluate(config, tmp_path)
     before = files_of(tmp_path)
     config.num_epochs = epoch - 1
-    with pytest.raises(UserError, match=rf"in epoch {epoch} already.*num_epochs={epoch} or more"):
+    with pytest.raises(
+        UserError, match=rf"reached epoch {epoch} already.*num_epochs={epoch} or more"
+    ):
         train_and_evaluate(config, tmp_path)
     # The lock is taken before.
     assert {path for path, time in files_of(tmp_path).items() if before[path] != time} <= {
@@ -164,7 +166,7 @@ def test_seeds_are_not_cut_short_and_their_folder_is_untouched(
     train_and_evaluate(config, tmp_path)
     before = files_of(tmp_path)
     config.num_epochs = 1
-    with pytest.raises(UserError, match=r"seed_0 holds a run that is in epoch 2 already"):
+    with pytest.raises(UserError, match=r"seed_0 holds a run that has reached epoch 2 already"):
         train_and_evaluate(config, tmp_path)
     assert files_of(tmp_path) == before
 

@@ -1,10 +1,11 @@
 import contextlib
 import fcntl
+import json
 import os
 import re
 import struct
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
@@ -14,9 +15,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
+from tinyvgg_jax import train
 from tinyvgg_jax.data import Split
-from tinyvgg_jax.report import progress
+from tinyvgg_jax.report import evaluation, progress
 from tinyvgg_jax.report.progress import Command, Pace, TrainingProgress, duration
+from tinyvgg_jax.runs.folder import write_json
 from tinyvgg_jax.runs.run import Run, Work
 from tinyvgg_jax.step import StepSums
 
@@ -272,3 +275,58 @@ def test_the_bar_of_an_evaluation_appears_only_after_two_seconds(
             (line,) = shown_on.lines()
         assert line.startswith("evaluating validation:  15%|") and len(line) < columns
         assert line.endswith(end)
+
+
+# Where it is shown
+
+
+class Recorder:
+    """Takes the place of `evaluation_progress`."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self.ends: list[int] = []
+
+    @contextlib.contextmanager
+    def __call__(self, title: str, count: int) -> Iterator[Callable[[int], None]]:
+        told: list[int] = []
+        yield told.append
+        self.titles.append(title)
+        self.ends.append(told[-1])
+        assert told[-1] == count
+
+
+def test_every_evaluation_of_a_training_shows_its_progress(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(train, "evaluation_progress", recorder)
+    config.num_epochs = 1
+    train.train_and_evaluate(config, tmp_path)
+    splits = ["validation", "train", "validation", "test"]
+    assert recorder.titles == [f"evaluating {split}" for split in splits]
+    assert recorder.ends == [80, 250, 80, 70]
+
+
+def test_the_evaluations_of_a_checkpoint_show_their_progress(
+    trained: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(evaluation, "evaluation_progress", recorder)
+    evaluation.evaluate_checkpoint(trained[0], flip_averaging=True, title="seed 3 (2 of 5): ")
+    title = "seed 3 (2 of 5): evaluating test"
+    assert recorder.titles == [title, f"{title}, mirrored"]
+    assert recorder.ends == [70, 70]
+
+
+def test_the_evaluation_of_several_seeds_names_each(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(evaluation, "evaluation_progress", recorder)
+    config = json.loads((trained[0] / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"num_seeds": 2})
+    for seed in (0, 1):
+        (tmp_path / f"seed_{seed}").symlink_to(trained[0])
+    evaluation.evaluate_each_seed(tmp_path)
+    assert recorder.titles == [f"seed {i} ({i + 1} of 2): evaluating test" for i in (0, 1)]

@@ -131,9 +131,9 @@ def _refuse_other_schedule(workdir: Path, config: ConfigDict, theirs: ConfigDict
     """Checks that another number of epochs leaves the learning rates of a run as they were."""
     if SCHEDULES[config.schedule].depends_on_num_epochs:
         raise UserError(
-            f"{workdir} holds a run of {theirs.num_epochs} epochs, which cannot become one of "
-            f"{config.num_epochs}: with the schedule {config.schedule!r} the learning rate of each "
-            "epoch depends on the number of epochs. Pass another --workdir."
+            f"{workdir} holds a run of num_epochs={theirs.num_epochs}, which cannot become one of "
+            f"num_epochs={config.num_epochs}: with the schedule {config.schedule!r}, every "
+            "learning rate depends on the number of epochs. Pass another --workdir."
         )
 
 
@@ -170,8 +170,8 @@ def refuse_fewer_epochs(workdir: Path, num_epochs: int, steps_per_epoch: int) ->
     begun = math.ceil(steps_taken(workdir) / steps_per_epoch)
     if begun > num_epochs:
         raise UserError(
-            f"{workdir} holds a run that is in epoch {begun} already, and config.num_epochs is "
-            f"{num_epochs}. Pass --config.num_epochs={begun} or more, or another --workdir."
+            f"{workdir} holds a run that has reached epoch {begun} already, and config.num_epochs "
+            f"is {num_epochs}. Pass --config.num_epochs={begun} or more, or another --workdir."
         )
 
 
