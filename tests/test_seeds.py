@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from scipy import stats
 
 from tinyvgg_jax import InterruptedRunError, UserError, restore, train, train_and_evaluate
 from tinyvgg_jax.data import SPLITS, load_splits
+from tinyvgg_jax.errors import DivergedError
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import apply
 from tinyvgg_jax.pipeline import DevicePipeline
@@ -23,6 +25,7 @@ from tinyvgg_jax.report.evaluation import (
     evaluate_each_seed,
     seeds_content,
 )
+from tinyvgg_jax.runs.run import first_state
 from tinyvgg_jax.runs.seeds import statistics_of
 from tinyvgg_jax.step import to_float
 
@@ -134,6 +137,59 @@ def test_interrupted_together_they_go_on_together(
     for seed in (5, 6):
         whole, cut = (tmp_path / name / f"seed_{seed}" for name in ("whole", "cut"))
         jax.tree.map(np.testing.assert_array_equal, params_of(cut), params_of(whole))
+
+
+def test_every_line_about_a_seed_names_it(
+    config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "tinyvgg_jax")
+    config.num_seeds, config.num_epochs, config.seed = 2, 1, 3
+    with monkeypatch.context() as patch:
+        _StopAfter(8 + 3, patch)
+        with pytest.raises(InterruptedRunError) as caught:
+            train_and_evaluate(config, tmp_path)
+    # The folder is the one to pass again.
+    assert str(caught.value) == (
+        "seed 4 (2 of 2): interrupted at step 3; everything is saved in "
+        f"{tmp_path}. Run the same command again to go on from there."
+    )
+    train_and_evaluate(config, tmp_path)
+    train_and_evaluate(config, tmp_path)
+    lines = [line.getMessage() for line in caplog.records if line.name == "tinyvgg_jax.train"]
+    expected = [
+        r"seed 3 \(1 of 2\): epoch 1/1: train loss .* s left in all seeds",
+        r"seed 3 \(1 of 2\): Evaluating \.\.\.",
+        r"seed 3 \(1 of 2\): Going on from step 8 in .*seed_3\.",
+        r"seed 3 \(1 of 2\): This run is finished already\.",
+        r"seed 4 \(2 of 2\): Going on from step 3 in .*seed_4\.",
+        r"seed 4 \(2 of 2\): epoch 1/1: train loss .*",
+        r"seed 4 \(2 of 2\): Evaluating \.\.\.",
+        r"seed 3 \(1 of 2\): Going on from step 8 in .*seed_3\.",
+        r"seed 3 \(1 of 2\): This run is finished already\.",
+        r"seed 4 \(2 of 2\): Going on from step 8 in .*seed_4\.",
+        r"seed 4 \(2 of 2\): This run is finished already\.",
+    ]
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+def test_a_seed_that_diverges_is_named_among_those_that_train_with_it(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: None
+) -> None:
+    def poisoned(run: Any) -> Any:
+        state = first_state(run)
+        if run.config.seed == 1:
+            params = jax.tree.map(lambda leaf: leaf * jnp.nan, state.train.params)
+            state.train = state.train._replace(params=params)
+        return state
+
+    monkeypatch.setattr(train, "first_state", poisoned)
+    config.num_seeds = 2
+    with pytest.raises(DivergedError, match=r"at step 1\. What was saved .* kept in .*seed_1\."):
+        train_and_evaluate(config, tmp_path)
 
 
 def test_seeds_that_have_not_begun_are_said_to_be_missing(

@@ -13,6 +13,7 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
 from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.report.progress import evaluation_progress
 from tinyvgg_jax.report.scores import calibration, confusion_matrix, precision_recall_f1
 from tinyvgg_jax.runs import seeds
 from tinyvgg_jax.runs.files import subfolder, write_json
@@ -92,6 +93,7 @@ def evaluate_checkpoint(
     step: int | str = "latest",
     folders: DataFolders = _AS_IN_CONFIG,
     flip_averaging: bool = False,
+    title: str = "",
 ) -> CheckpointEvaluation:
     """Evaluates a checkpoint of a run; nothing is written.
 
@@ -101,6 +103,7 @@ def evaluate_checkpoint(
         step: as in `restore`.
         folders: folders of the data that replace those of the run's config.
         flip_averaging: whether to evaluate the mirrored images too.
+        title: the beginning of the progress bar, to name one run among several.
 
     Returns:
         The evaluation.
@@ -120,12 +123,14 @@ def evaluate_checkpoint(
     )
     if info != read_dataset(workdir):
         raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
-    data = splits[split]
-    result = evaluate(model, restored.params, data)
+    data, title = splits[split], f"{title}evaluating {split}"
+    with evaluation_progress(title, len(data)) as on_progress:
+        result = evaluate(model, restored.params, data, on_progress=on_progress)
     flipped = None
     if flip_averaging:
         mirrored = Split(np.ascontiguousarray(data.images[:, :, ::-1]), data.labels)
-        flipped = evaluate(model, restored.params, mirrored)
+        with evaluation_progress(f"{title}, mirrored", len(data)) as on_progress:
+            flipped = evaluate(model, restored.params, mirrored, on_progress=on_progress)
     return CheckpointEvaluation(
         workdir,
         split,
@@ -222,9 +227,10 @@ def evaluate_each_seed(
         UserError: also if some seeds have not begun, or their latest steps differ.
     """
     workdir = local_path(workdir)
+    config = read_config(workdir)
     evaluated = [
-        evaluate_checkpoint(folder, split, step, folders, flip_averaging)
-        for folder in seeds.folders(workdir, read_config(workdir))
+        evaluate_checkpoint(folder, split, step, folders, flip_averaging, title)
+        for folder, title in zip(seeds.folders(workdir, config), seeds.titles(config), strict=True)
     ]
     steps = [one.step for one in evaluated]
     # A mean over trained and half-trained networks would say nothing about the recipe.

@@ -28,6 +28,21 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
     return result
 
 
+def titles(config: ConfigDict) -> list[str]:
+    """Makes the beginnings of lines about each seed's run, like "seed 3 (2 of 5): ".
+
+    Args:
+        config: a config with `num_seeds` of 1 or more.
+
+    Returns:
+        One for each seed; empty for a single seed, which needs no name.
+    """
+    count = config.num_seeds
+    if count == 1:
+        return [""]
+    return [f"seed {config.seed + i} ({i + 1} of {count}): " for i in range(count)]
+
+
 def folders(workdir: Path, config: ConfigDict) -> list[Path]:
     """Lists the folders of a run's seeds; a run of a single seed is its own folder.
 
