@@ -1,7 +1,6 @@
 """Training: a run, or several at once, from its config to its summary."""
 
 import contextlib
-import importlib.metadata
 import logging
 import math
 import time
@@ -25,6 +24,7 @@ from tinyvgg_jax.report.progress import (
     tensorboard_scalars,
     tensorboard_writer,
 )
+from tinyvgg_jax.report.recipe import library_versions
 from tinyvgg_jax.runs import files, folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
@@ -33,8 +33,6 @@ from tinyvgg_jax.step import StepSums, TrainStep
 from tinyvgg_jax.system import Profile
 
 logger = logging.getLogger(__name__)
-
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
 class Member(NamedTuple):
@@ -291,7 +289,7 @@ def finish(run: Run, state: RunState) -> dict[str, Any]:
         "parameters": count_parameters(state.train.params),
         "seconds": sum(record["seconds"] for record in state.history),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": library_versions(),
     }
     files.write_json(run.workdir / "summary.json", summary)
     return summary

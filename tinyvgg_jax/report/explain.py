@@ -21,7 +21,7 @@ from tinyvgg_jax.ops.pooling import max_pool_2x2
 from tinyvgg_jax.paths import local_path, open_regular
 from tinyvgg_jax.pictures import load_picture, quiet_pillow
 from tinyvgg_jax.predict import Predictor, load_predictor
-from tinyvgg_jax.report.plots import png
+from tinyvgg_jax.report.plots import png, short
 from tinyvgg_jax.runs.files import subfolder, write_bytes, writing_to
 from tinyvgg_jax.step import to_float
 
@@ -229,7 +229,7 @@ def _draw_prediction(
     bars.barh(range(len(order)), probabilities, color=["#b5451c"] + ["#c9c4bc"] * (len(order) - 1))
     for row, probability in enumerate(probabilities):
         bars.text(probability + 0.01, row, f"{probability:.1%}", va="center", fontsize=10)
-    bars.set_yticks(range(len(order)), [class_names[label] for label in order])
+    bars.set_yticks(range(len(order)), [short(class_names[label]) for label in order])
     bars.set(xlim=(0, 1.15), ylim=(len(order) - 0.4, -0.6))
     bars.set_title("Prediction", fontsize=11)
     bars.tick_params(left=False, bottom=False, labelbottom=False)

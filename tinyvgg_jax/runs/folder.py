@@ -9,14 +9,17 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.data import SPLITS, DatasetInfo, Split
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.runs.files import read_json, write_json, write_text, writing_to
+
+if TYPE_CHECKING:
+    # Listing runs does not wait for JAX.
+    from tinyvgg_jax.data import DatasetInfo, Split
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def read_config(workdir: Path) -> ConfigDict:
         raise UserError(f"{path}: {error}") from error
 
 
-def read_dataset(workdir: Path) -> DatasetInfo:
+def read_dataset(workdir: Path) -> "DatasetInfo":
     """Reads the image shape and class names of a run's dataset from `dataset.json`.
 
     Args:
@@ -74,6 +77,8 @@ def read_dataset(workdir: Path) -> DatasetInfo:
         and all(isinstance(name, str) for name in names)
     ):
         raise UserError(f"{path} is damaged: it holds no image_shape or class_names of a dataset.")
+    from tinyvgg_jax.data import DatasetInfo
+
     return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names))
 
 
@@ -100,7 +105,8 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
 
 def _is_summary(content: dict[str, Any]) -> bool:
     """Tells whether JSON content has the keys of a summary, each of the right type."""
-    numbers = [f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")]
+    splits = ("train", "validation", "test")
+    numbers = [f"{split}_{kind}" for split in splits for kind in ("accuracy", "loss")]
     return (
         all(type(content.get(key)) in (int, float) for key in (*numbers, "seconds"))
         and all(type(content.get(key)) is int for key in ("step", "parameters"))
@@ -133,7 +139,7 @@ def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
 
 
 def describe(
-    workdir: Path, config: ConfigDict, splits: dict[str, Split], info: DatasetInfo
+    workdir: Path, config: ConfigDict, splits: "dict[str, Split]", info: "DatasetInfo"
 ) -> None:
     """Writes `dataset.json` and `config.json`, which identify the folder's run.
 
