@@ -22,6 +22,7 @@ from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.pictures import Picture
 from tinyvgg_jax.predict import FilePrediction, _probabilities, predict_files
+from tinyvgg_jax.report.explain import explain_file
 
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 Trained = tuple[Path, dict[str, Any]]
@@ -217,31 +218,27 @@ def test_a_run_without_a_checkpoint_is_said(trained: Trained, tmp_path: Path) ->
 
 
 def test_a_fifo_is_an_error_beside_the_pictures(
-    trained: Trained, files: Path, command_line: CommandLine
+    trained: Trained, predictor: Predictor, files: Path
 ) -> None:
     os.mkfifo(files / "x.png")
-    done = command_line("--mode=predict", f"--workdir={trained[0]}", files, files / "x.png")
-    assert done.returncode == 1
-    said = f"tinyvgg_jax: {files}/x.png: cannot be read: not a regular file."
-    assert done.stderr.splitlines() == [said, said]
-    assert len(done.stdout.splitlines()) == 71
-    done = command_line("--mode=explain", f"--workdir={trained[0]}", files / "x.png")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [said]
+    *answers, in_folder, by_name = predict_files(predictor, [files, files / "x.png"])
+    assert len(answers) == 70
+    assert all(isinstance(answer, FilePrediction) for answer in answers)
+    said = f"{files}/x.png: cannot be read: not a regular file."
+    assert [str(in_folder), str(by_name)] == [said, said]
+    with pytest.raises(UserError, match="not a regular file"):
+        explain_file(trained[0], files / "x.png")
 
 
 def test_an_empty_name_is_an_error(
     trained: Trained, files: Path, command_line: CommandLine
 ) -> None:
-    run = f"--workdir={trained[0]}"
-    done = command_line("--mode=predict", run, "", files / "000.png")
+    done = command_line("--mode=predict", f"--workdir={trained[0]}", "", files / "000.png")
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["tinyvgg_jax: the name of a file or folder is empty."]
     assert len(done.stdout.splitlines()) == 2
-    for arguments in (("--mode=explain", run, ""), ("--mode=compare", trained[0], "")):
-        done = command_line(*arguments)
-        assert done.returncode == 2
-        assert done.stderr.splitlines() == ["tinyvgg_jax: the name of a file or folder is empty."]
+    with pytest.raises(UserError, match=r"the name of a file or folder is empty\."):
+        explain_file(trained[0], "")
 
 
 def test_a_subfolder_that_cannot_be_read_is_an_error_beside_the_pictures(
@@ -341,6 +338,7 @@ sys.exit(main.main(["main", *sys.argv[2:]]))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_prediction_of_thousands_of_pictures(
     trained: Trained, files: Path, tmp_path: Path
 ) -> None:
@@ -369,6 +367,7 @@ def test_ctrl_c_ends_a_prediction_of_thousands_of_pictures(
     assert int(begun.read_text()) < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [
