@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,34 @@ def test_the_network_looks_at_the_bar(trained: Trained, data_dir: Path) -> None:
     seen = explain(predictor, image)
     assert seen.saliency.max() == pytest.approx(1)
     assert seen.probabilities.argmax() == 2
+
+
+def test_an_explanation_replaces_only_that_of_the_same_image(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run, ignore=shutil.ignore_patterns("explain"))
+    pixels = np.full((50, 40), 250, np.uint8)
+    pixels[20:30, 5:35] = 10
+    bars = pixels.copy()
+    bars[5:10, 5:35] = 10
+    for folder, suffix, image in (
+        ("a", "png", pixels),
+        ("b", "png", pixels.T),
+        ("b", "bmp", bars),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / folder / f"shirt.{suffix}")
+    names = ("a/shirt.png", "b/shirt.png", "a/shirt.png", "b/shirt.bmp", "b/shirt.png")
+    written = [explain_file(run, tmp_path / name) for name in names]
+    expected = ["shirt.png", "shirt-2.png", "shirt.png", "shirt-3.png", "shirt-2.png"]
+    assert written == [run / "explain" / name for name in expected]
+    # What is no explanation stays, too.
+    (run / "explain/shirt.png").write_text("mine")
+    (run / "explain/shirt-2.png").unlink()
+    (run / "explain/shirt-2.png").mkdir()
+    assert explain_file(run, tmp_path / "a/shirt.png") == run / "explain/shirt-4.png"
+    assert (run / "explain/shirt.png").read_text() == "mine"
 
 
 def test_a_picture_is_written(trained: Trained, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import UserError, restore, train_and_evaluate
+from tinyvgg_jax.config import validated
 from tinyvgg_jax.runs import files
 from tinyvgg_jax.runs.folder import locked, read_config, read_dataset, read_summary
 
@@ -103,9 +104,14 @@ def test_another_object_is_no_dataset(tmp_path: Path, content: dict[str, Any]) -
         read_dataset(tmp_path)
 
 
+def test_a_config_file_is_a_config_as_it_is(run: Path) -> None:
+    content = json.loads((run / "config.json").read_text())
+    assert validated(content) == read_config(run)
+
+
 def test_another_object_is_no_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"seed": {"a": []}}')
-    with pytest.raises(UserError, match=r"config\.json: unknown config field 'seed.a'"):
+    with pytest.raises(UserError, match=r"config\.json is not valid: .* 'seed.a'"):
         read_config(tmp_path)
 
 

@@ -20,6 +20,7 @@ from tinyvgg_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 NAME = "fashion_mnist"
+IMAGE_SHAPE = (28, 28, 1)
 CLASS_NAMES = (
     "T-shirt/top",
     "Trouser",
