@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from tinyvgg_jax import train_and_evaluate
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits, prepare
+from tinyvgg_jax.runs.files import read_json
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("top", "upper", "middle", "lower", "bottom")
@@ -34,6 +35,13 @@ def synthetic_arrays(seed: int = 0) -> prepare.Arrays:
         return images, labels
 
     return {"train": draw(TRAIN_SIZE), "test": draw(TEST_SIZE)}
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """The content of one of a run's JSON files, without its digest."""
+    content = read_json(path)
+    assert content is not None, f"{path} is not there"
+    return content
 
 
 @pytest.fixture(scope="session", autouse=True)

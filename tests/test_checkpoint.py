@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.runs import checkpoint, integrity
+from tinyvgg_jax.runs import checkpoint, files, integrity
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.integrity import digest
 
@@ -138,6 +138,12 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
+def replace_by_fifo(folder: Path) -> None:
+    path = data_file(folder / "params")
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES: list[Callable[[Path], Any]] = [
     flip_byte,
     truncate,
@@ -148,10 +154,8 @@ DAMAGES: list[Callable[[Path], Any]] = [
     lambda folder: data_file(folder / "progress").write_bytes(
         data_file(folder / "progress").read_bytes().replace(b'"note": 2', b'"note": 3')
     ),
-    *(
-        lambda folder, content=content: (folder / "metrics" / "metrics").write_bytes(content)
-        for content in (b"{", b"[]", b"{}", b'{"validation_accuracy": "x"}')
-    ),
+    lambda folder: data_file(folder / "progress").write_bytes(b"[" * 100_000),
+    replace_by_fifo,
 ]
 
 
@@ -233,7 +237,7 @@ def forget_arrays(folder: Path) -> None:
     progress = json.loads(file.read_text())
     digests = progress.pop("digests")
     del progress["arrays"]
-    digests["progress"] = integrity.digest_json(progress)
+    digests["progress"] = files.digest_json(progress)
     file.write_text(json.dumps({**progress, "digests": digests}))
 
 
@@ -268,7 +272,7 @@ def test_what_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-@pytest.mark.parametrize("item", ["params", "opt_state", "progress", "metrics"])
+@pytest.mark.parametrize("item", ["params", "opt_state", "progress"])
 def test_a_file_without_permission_is_left_alone(tmp_path: Path, item: str) -> None:
     folder = tmp_path / "checkpoints"
     fill(folder, {1: 0.5, 2: 0.6})
@@ -368,11 +372,56 @@ def test_steps_are_numbers_latest_or_best(tmp_path: Path) -> None:
             checkpoints.restore_params("lastest", ABSTRACT[0])
 
 
-def test_reading_names_metrics_that_are_damaged(tmp_path: Path) -> None:
-    fill(tmp_path / "c", {1: 0.9})
-    (tmp_path / "c" / "1" / "metrics" / "metrics").write_bytes(b"")
-    with pytest.raises(UserError, match=r"metrics is damaged; move .*/1 away"):
-        Checkpoints(tmp_path / "c", read_only=True)
+METRICS = [b"", b"{", b"[]", b"[" * 100_000, b'{"validation_accuracy": 2.0}', "folder", "fifo"]
+
+
+@pytest.mark.parametrize("content", METRICS)
+def test_the_best_is_known_by_what_has_a_digest(tmp_path: Path, content: bytes | str) -> None:
+    """Earlier versions wrote metrics without a digest, which Orbax reads when it opens."""
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: 0.9, 2: 0.5})
+    path = folder / "2" / "metrics" / "metrics"
+    path.parent.mkdir()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.restore_params("best", ABSTRACT[0]).step == 1
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore_newest(*ABSTRACT)
+        assert restored is not None and restored.step == 2
+        for step in (3, 4):
+            checkpoints.save(step, params(step), opt_state(step), {}, 0.6)
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 3, 4]
+    assert not (tmp_path / "checkpoints.damaged").exists()
+
+
+def test_the_best_of_an_earlier_version_stands_in_its_history(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: None, 2: None, 3: None})
+    for step, accuracy in ((2, 0.9), (3, 0.5)):
+        file = data_file(folder / str(step) / "progress")
+        progress = json.loads(file.read_text())
+        del progress["digests"]["progress"], progress["validation_accuracy"]
+        progress["history"] = [{"step": step, "validation_accuracy": accuracy}]
+        digests = progress.pop("digests")
+        digests["progress"] = files.digest_json(progress)
+        file.write_text(json.dumps({**progress, "digests": digests}))
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.restore_params("best", ABSTRACT[0]).step == 2
+
+
+def test_a_checkpoint_whose_accuracy_cannot_be_read_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: 0.9, 2: 0.5})
+    data_file(folder / "1" / "progress").write_bytes(b"{")
+    fill(folder, {3: 0.6, 4: 0.7})
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1, 3, 4]
 
 
 def test_a_checkpoint_of_another_network_is_not_called_damaged(tmp_path: Path) -> None:

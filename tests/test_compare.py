@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, stored
 from ml_collections import ConfigDict
 from PIL import Image
 from scipy import stats
@@ -75,7 +75,7 @@ def test_runs_are_compared_on_the_same_images(
 def test_different_images_are_not_compared(trained: Trained, twin: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(twin, other)
-    content = json.loads((other / "config.json").read_text())
+    content = stored(other / "config.json")
     content["data"]["test_split"] = "test[:50]"
     (other / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="different test splits"):

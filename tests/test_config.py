@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import model, optimizer
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.runs.folder import write_json
+from tinyvgg_jax.runs.files import write_json
+from tinyvgg_jax.runs.folder import read_config
 
 
 def test_the_default_is_the_papers_recipe() -> None:
@@ -33,7 +34,7 @@ def test_configs_survive_json_and_do_not_differ_from_themselves(name: str, tmp_p
     )
     path = tmp_path / "config.json"
     write_json(path, config.to_dict())
-    again = config_lib.from_file(path)
+    again = read_config(path.parent)
     assert again == config
     assert config_lib.differences(config, again) == []
 

@@ -5,7 +5,6 @@ by version 0.1.0 before its files were moved: `plain` is the default recipe, `ev
 option on. Do not make it anew: it stands for the runs that people have.
 """
 
-import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import stored
 
 from tinyvgg_jax import load_predictor, restore, train_and_evaluate
 from tinyvgg_jax.report.evaluation import DataFolders, evaluate_checkpoint
@@ -30,7 +30,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def summary_of(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    content: dict[str, Any] = stored(run / "summary.json")
     return content
 
 
@@ -49,7 +49,7 @@ def test_an_earlier_run_is_resumed_to_the_same_end(run: Path, data_dir: Path) ->
     # As if it had been killed in its second epoch.
     shutil.rmtree(run / "checkpoints" / "16")
     (run / "summary.json").unlink()
-    config = json.loads((run / "config.json").read_text())
+    config = stored(run / "config.json")
     config["data"]["data_dir"] = str(data_dir)
     after = train_and_evaluate(config, run)
     for split in ("train", "validation", "test"):
@@ -65,6 +65,6 @@ def test_an_earlier_run_is_resumed_to_the_same_end(run: Path, data_dir: Path) ->
 
 
 def test_a_finished_earlier_run_stays_as_it_is(run: Path, data_dir: Path) -> None:
-    config = json.loads((run / "config.json").read_text())
+    config = stored(run / "config.json")
     config["data"]["data_dir"] = str(data_dir)
     assert train_and_evaluate(config, run) == summary_of(run)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import stored
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import UserError, restore
@@ -77,7 +78,7 @@ def test_a_run_evaluated_again_gives_its_summary_to_the_last_image(
     assert content["step"] == summary["step"]
     assert content["correct"] == sum(row["correct"] for row in content["per_class"])
     assert content["count"] == {"train": 250, "validation": 80, "test": 70}[split]
-    assert json.loads((workdir / "evaluation" / f"{split}.json").read_text()) == content
+    assert stored(workdir / "evaluation" / f"{split}.json") == content
 
 
 def test_restore_gives_the_best_checkpoint_without_any_dataset(
@@ -119,7 +120,7 @@ def test_what_cannot_be_evaluated_is_said(
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         restore(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
         restore(tmp_path)
 
 

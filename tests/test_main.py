@@ -1,6 +1,5 @@
 """The command line, in processes of its own."""
 
-import json
 import os
 import platform
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, stored
 
 import tinyvgg_jax
 
@@ -49,7 +48,7 @@ def test_train_resume_and_eval(small: list[str], command_line: CommandLine, tmp_
         "test",
     ]
     assert "epoch 2/2" in first.stderr and "epoch" not in first.stdout
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = stored(workdir / "summary.json")
     assert f"{summary['test_accuracy']:.2%}" in first.stdout
 
     again = command_line(*small, f"--workdir={workdir}")
@@ -58,7 +57,7 @@ def test_train_resume_and_eval(small: list[str], command_line: CommandLine, tmp_
 
     evaluated = command_line("--mode", "eval", "--workdir", workdir)
     assert evaluated.returncode == 0, evaluated.stderr
-    content = json.loads((workdir / "evaluation" / "test.json").read_text())
+    content = stored(workdir / "evaluation" / "test.json")
     assert content["accuracy"] == summary["test_accuracy"]
     assert f"({content['correct']} of 70)" in evaluated.stdout
     best = command_line("--mode=eval", f"--workdir={workdir}", "--split=train", "--step=best")

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import UserError, restore, train_and_evaluate
-from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.paths import local_path, open_regular
 from tinyvgg_jax.system import cache_dir
 
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,6 +51,57 @@ def test_a_path_is_what_a_person_means(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_path_on_another_machine_is_an_error(name: str | Path, said: str) -> None:
     with pytest.raises(UserError, match=said):
         local_path(name)
+
+
+def test_a_regular_file_is_opened_through_links_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"bytes")
+    (tmp_path / "link").symlink_to("file")
+    for path in (tmp_path / "file", str(tmp_path / "link")):
+        with open_regular(path) as file:
+            assert file.read() == b"bytes"
+            assert not os.get_inheritable(file.fileno())
+
+
+def test_what_is_not_a_regular_file_is_refused_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # The name of a socket must be short.
+    os.mkfifo("fifo")
+    Path("link to fifo").symlink_to("fifo")
+    Path("loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+    for name in ("fifo", "link to fifo", "socket", os.devnull):
+        with pytest.raises(OSError, match="not a regular file") as raised:
+            open_regular(name)
+        assert raised.value.strerror == "not a regular file"
+        assert raised.value.filename == name
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        open_regular("missing")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_regular("loop")
+
+
+def test_a_file_that_becomes_a_fifo_while_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").touch()
+    before, opened, really_open = (tmp_path / "file").stat(), [], os.open
+
+    def recording_open(path: str, flags: int) -> int:
+        opened.append(really_open(path, flags))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "stat", lambda _: before)
+    monkeypatch.setattr(os, "open", recording_open)
+    with pytest.raises(OSError, match="not a regular file"):
+        open_regular(tmp_path / "fifo")
+    (descriptor,) = opened
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 @pytest.fixture

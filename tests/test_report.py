@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import CLASSES
+from conftest import CLASSES, stored
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -139,7 +139,7 @@ def test_papers_figures_stand_beside_those_of_its_dataset(
     run: Path, evaluated: CheckpointEvaluation
 ) -> None:
     before = (run / "summary.json").read_text()
-    summary = json.loads(before)
+    summary = stored(run / "summary.json")
     try:
         (run / "summary.json").write_text(json.dumps(summary | {"dataset": "fashion_mnist"}))
         text = write_report(evaluated, evaluation_content(evaluated)).read_text()
@@ -348,7 +348,7 @@ def test_several_seeds_have_a_page_that_links_to_each(
     assert "no interval from 2 values" in page and "seeds 4 to 5" in page
     for value in found["values"]:
         assert f"<td>{value:.2%}</td>" in page
-    content = json.loads((tmp_path / "evaluation" / "validation.json").read_text())
+    content = stored(tmp_path / "evaluation" / "validation.json")
     assert f"validation, ensemble</span><strong>{content['ensemble']['accuracy']:.2%}" in page
     # Both seeds count in the matrix.
     assert np.sum(content["confusion"]) == 2 * 80

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import stored
 from ml_collections import ConfigDict
 from scipy import stats
 
@@ -64,7 +64,7 @@ def test_all_at_once_is_each_alone_to_rounding(
     for seed in (5, 6):
         ours, theirs = (tmp_path / name / f"seed_{seed}" for name in ("together", "in turn"))
         assert_close(params_of(ours), params_of(theirs))
-        config = json.loads((ours / "config.json").read_text())
+        config = stored(ours / "config.json")
         assert (config["seed"], config["num_seeds"]) == (seed, 1)
         assert len((ours / "metrics.jsonl").read_text().splitlines()) == 2
     different = [params_of(tmp_path / "together" / f"seed_{seed}") for seed in (5, 6)]
@@ -223,7 +223,7 @@ def test_all_are_evaluated_and_their_ensemble(
         "--mode=eval", f"--workdir={tmp_path}", "--split=validation", "--flip_averaging"
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "evaluation" / "validation.json").read_text()) == content
+    assert stored(tmp_path / "evaluation" / "validation.json") == content
     assert (tmp_path / "seed_1" / "evaluation" / "validation.json").exists()
     assert "validation accuracy of the ensemble" in done.stdout
     assert "n = 2" in done.stdout

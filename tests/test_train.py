@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT
+from conftest import ROOT, stored
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import TinyVGG, train
-from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.evaluate import evaluate
@@ -25,6 +24,7 @@ from tinyvgg_jax.report.progress import tensorboard_scalars
 from tinyvgg_jax.runs import folder as run_folder
 from tinyvgg_jax.runs import run
 from tinyvgg_jax.runs.checkpoint import Checkpoints
+from tinyvgg_jax.runs.folder import read_config
 from tinyvgg_jax.runs.restore import abstract_params
 from tinyvgg_jax.signals import stop_signals
 from tinyvgg_jax.step import make_train_step
@@ -35,11 +35,11 @@ SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
 
 def content_of(workdir: Path) -> dict[str, Any]:
     """All that must be the same however often a run was interrupted."""
-    config = config_lib.from_file(workdir / "config.json")
+    config = read_config(workdir)
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         del record["seconds"], record["images_per_second"]
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = stored(workdir / "summary.json")
     del summary["seconds"]
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
     digests = {
@@ -65,7 +65,7 @@ def test_a_run_learns_and_leaves_what_it_promises(config: ConfigDict, tmp_path: 
     config.num_epochs, config.learning_rate = 6, 0.1
     summary = train_and_evaluate(config, tmp_path)
     assert summary["test_accuracy"] > 0.9
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert stored(tmp_path / "summary.json") == summary
     assert {"parameters", "seconds", "device", "versions", "step"} < set(summary)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
@@ -290,7 +290,7 @@ def test_a_damaged_summary_is_made_anew(config: ConfigDict, tmp_path: Path, cont
     summary = train_and_evaluate(config, tmp_path)
     (tmp_path / "summary.json").write_text(content)
     assert train_and_evaluate(config, tmp_path) == summary
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert stored(tmp_path / "summary.json") == summary
 
 
 def test_the_summary_of_an_earlier_training_is_not_this_ones(
@@ -319,13 +319,15 @@ def test_a_run_does_not_go_on_with_other_data(config: ConfigDict, tmp_path: Path
     config.num_epochs = 1
     config.data.test_split = "test"
     train_and_evaluate(config, tmp_path)
-    content = json.loads((tmp_path / "dataset.json").read_text())
+    content = stored(tmp_path / "dataset.json")
     assert content["num_examples"] == {"train": 250, "validation": 80, "test": 70}
     content["num_examples"]["test"] = 71
-    for other in (json.dumps(content).encode(), b"\xff\xfe"):
-        (tmp_path / "dataset.json").write_bytes(other)
-        with pytest.raises(UserError, match="holds a run on other data"):
-            train_and_evaluate(config, tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="holds a run on other data"):
+        train_and_evaluate(config, tmp_path)
+    (tmp_path / "dataset.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"dataset\.json is damaged"):
+        train_and_evaluate(config, tmp_path)
 
 
 def test_a_second_signal_acts_at_once() -> None:

@@ -1,11 +1,9 @@
-"""The config of a run: one table of its fields, their checks, and how it is kept as JSON."""
+"""The config of a run: one table of its fields, and their checks."""
 
 import difflib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -177,7 +175,7 @@ def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     """Copies a config in which every field is there, of its type and in its range, and locks it.
 
     Args:
-        config: the fields of `configs/default.py`.
+        config: the fields of `configs/default.py`, or the content of a run's `config.json`.
 
     Returns:
         The copy: tuples for lists, floats for whole numbers where a float is meant.
@@ -191,6 +189,8 @@ def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
         if field.value_before is not REQUIRED
     }
     given = before | dict(_flatten(config))
+    # A run's config.json, loaded as it is, holds its digest too.
+    given.pop("sha256", None)
     for name in given:
         if name not in FIELDS:
             raise UserError(f"unknown config field {name!r}{suggestion(name, FIELDS)}")
@@ -215,23 +215,6 @@ def suggestion(word: str, known: Any) -> str:
     """Ends a sentence with `; did you mean 'x'?`, the nearest known word, or a full stop."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "."
-
-
-def from_file(path: Path) -> ConfigDict:
-    """Reads a run's config.json.
-
-    Raises:
-        UserError: if there is none, or it is not a valid config.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} holds no run: there is no {path.name} in it.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a config.")
-    return validated(content)
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:

@@ -1,5 +1,13 @@
 """The command line: flags in, one mode called, exit status out."""
 
+# The built-in part of `signal`; importing `signal` takes a while itself.
+import _signal  # type: ignore[import-not-found]
+
+if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+    # Until `main` handles it, Ctrl-C ends the process at once. Python's own handler would print a
+    # traceback of the imports that follow.
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import json
 import logging
 import os
@@ -19,6 +27,8 @@ import tinyvgg_jax
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.report import terminal
+from tinyvgg_jax.signals import ctrl_c
 
 USAGE = """\
 Train Tiny VGG, or go on with a run that was interrupted:
@@ -57,7 +67,8 @@ try:
     )
 except (flags.Error, UnicodeDecodeError) as error:
     # Defining it reads the command line already, with the files that --flagfile names.
-    print(f"tinyvgg_jax: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
+    what = terminal.one_line(str(error).removeprefix("ERROR:: "))
+    print(f"tinyvgg_jax: {what}", file=sys.stderr)
     sys.exit(2)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/NAME-OF-CONFIG.")
 _MODE = flags.DEFINE_string("mode", "train", "What to do, see --help.")
@@ -78,8 +89,17 @@ def _show_unraisable(unraisable: Any) -> None:
 
 
 def _fail(message: object, status: int) -> int:
-    print("tinyvgg_jax: " + " ".join(str(message).split()), file=sys.stderr)
+    print("tinyvgg_jax: " + terminal.one_line(message), file=sys.stderr)
     return status
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; nothing that was saved is lost.", 130)
+
+
+def _show(text: str) -> None:
+    """Prints lines at once, since whoever reads them may wait for each."""
+    print(terminal.lines(text), flush=True)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -218,7 +238,7 @@ def _train(_: list[str]) -> int:
 
     _start_jax()
     summary = train_and_evaluate(config, workdir)
-    print(summary_table(summary, workdir))
+    _show(summary_table(summary, workdir))
     return 0
 
 
@@ -229,7 +249,7 @@ def _prepare(_: list[str]) -> int:
     wanted = {name: data[f"{name}_split"] for name in SPLITS}
     splits, info = load_splits(data.name, wanted, data.data_dir, data.source_dir)
     for name, split in splits.items():
-        print(f"{name:<12} {len(split):>7,} images of {info.image_shape}  {wanted[name]}")
+        _show(f"{name:<12} {len(split):>7,} images of {info.image_shape}  {wanted[name]}")
     return 0
 
 
@@ -237,28 +257,28 @@ def _evaluate(_: list[str]) -> int:
     workdir, step, split = _existing_workdir(), _step("latest"), _SPLIT.value
     from tinyvgg_jax.report import evaluation, tables
     from tinyvgg_jax.report.page import write_report, write_seeds_report
-    from tinyvgg_jax.runs.restore import run_config
+    from tinyvgg_jax.runs.folder import read_config
 
     _start_jax()
     evaluation.check_split(split)
     arguments = (workdir, split, step, _data_folders(), _FLIP_AVERAGING.value)
     # The figures are printed before they are written, since a run may lie in a read-only folder.
-    if run_config(workdir).num_seeds > 1:
+    if read_config(workdir).num_seeds > 1:
         each = evaluation.evaluate_each_seed(*arguments)
         content = evaluation.seeds_content(each)
-        print(tables.seeds_table(content, split), flush=True)
+        _show(tables.seeds_table(content, split))
         for one in each:
             own = evaluation.evaluation_content(one)
             evaluation.write_evaluation(one.workdir, split, own)
             write_report(one, own)
         evaluation.write_evaluation(workdir, split, content)
-        print(f"report: {write_seeds_report(workdir, each, content)}")
+        _show(f"report: {write_seeds_report(workdir, each, content)}")
         return 0
     evaluated = evaluation.evaluate_checkpoint(*arguments)
     content = evaluation.evaluation_content(evaluated)
-    print(tables.evaluation_table(content, split), flush=True)
+    _show(tables.evaluation_table(content, split))
     evaluation.write_evaluation(workdir, split, content)
-    print(f"report: {write_report(evaluated, content)}")
+    _show(f"report: {write_report(evaluated, content)}")
     return 0
 
 
@@ -275,9 +295,9 @@ def _predict(paths: list[str]) -> int:
         if isinstance(answer, UserError):
             status = _fail(answer, 1)
         elif table is None:
-            print(json.dumps(answer.to_json(predictor.class_names)), flush=True)
+            _show(json.dumps(answer.to_json(predictor.class_names)))
         else:
-            print(table.row(str(answer.path), answer.probabilities, answer.inverted), flush=True)
+            _show(table.row(str(answer.path), answer.probabilities, answer.inverted))
     return status
 
 
@@ -288,7 +308,7 @@ def _explain(paths: list[str]) -> int:
     from tinyvgg_jax.report.explain import explain_file
 
     _start_jax()
-    print(explain_file(workdir, paths[0], _OUTPUT.value, invert, step))
+    _show(str(explain_file(workdir, paths[0], _OUTPUT.value, invert, step)))
     return 0
 
 
@@ -299,16 +319,16 @@ def _compare(paths: list[str]) -> int:
 
     _start_jax()
     comparison = compare_runs(paths, _SPLIT.value, step, _data_folders())
-    print(comparison_table(comparison))
+    _show(comparison_table(comparison))
     if output is not None:
-        print(f"plot: {write_comparison(comparison, output)}")
+        _show(f"plot: {write_comparison(comparison, output)}")
     return 0
 
 
 def _list(paths: list[str]) -> int:
     from tinyvgg_jax.report.listing import list_runs, runs_table
 
-    print(runs_table(list_runs(paths or ["runs"])))
+    _show(runs_table(list_runs(paths or ["runs"])))
     return 0
 
 
@@ -323,7 +343,7 @@ def _describe(_: list[str]) -> int:
         model, shape = describe.model_of_run(_existing_workdir())
     else:
         model, shape = describe.model_of_config(config)
-    print(describe.layers_table(describe.describe_model(model, shape), shape))
+    _show(describe.layers_table(describe.describe_model(model, shape), shape))
     return 0
 
 
@@ -374,7 +394,23 @@ def main(argv: list[str] | None = None) -> int:
     if "--version" in argv[1:]:
         print(_versions())
         return 0
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    _set_up_output()
+    with ctrl_c(lambda: os._exit(_interrupted())) as pressed:
+        try:
+            paths = _parse(argv)
+            return MODES[_MODE.value].run(paths)
+        except BaseException as error:
+            status = _report(error, pressed.is_set())
+            if status is None:
+                raise
+            return status
+
+
+def _set_up_output() -> None:
+    """Sets up standard output, logging and plots for a program, which a notebook sets up itself."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(terminal.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
     # Orbax logs every failure with its traceback; it also raises it, and that is what we show.
     for library in ("absl", "asyncio"):
@@ -385,21 +421,31 @@ def main(argv: list[str] | None = None) -> int:
     # A notebook names a backend of its own, which is not there outside of it. Nothing is shown in
     # a window here.
     os.environ["MPLBACKEND"] = "agg"
-    try:
-        paths = _parse(argv)
-        return MODES[_MODE.value].run(paths)
-    except UserError as error:
-        return _fail(error, 2)
-    except DivergedError as error:
-        return _fail(error, 1)
-    except InterruptedRunError as error:
+
+
+def _report(error: BaseException, interrupted: bool) -> int | None:
+    """Prints an error that is not a fault of the program in one line.
+
+    Args:
+        error: the error.
+        interrupted: whether Ctrl-C was pressed, out of which libraries make errors of their own.
+
+    Returns:
+        The exit status; None if the error is a fault of the program.
+    """
+    if isinstance(error, InterruptedRunError):
         return _fail(error, 128 + error.signal_number)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing that was saved is lost.", 130)
-    except BrokenPipeError:
+    if interrupted or isinstance(error, KeyboardInterrupt):
+        return _interrupted()
+    if isinstance(error, UserError):
+        return _fail(error, 2)
+    if isinstance(error, DivergedError):
+        return _fail(error, 1)
+    if isinstance(error, BrokenPipeError):
         # Whoever reads the output, like `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    return None
 
 
 if __name__ == "__main__":

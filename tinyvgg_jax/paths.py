@@ -1,9 +1,12 @@
 """Paths of files and folders as people write them."""
 
+import errno
 import os
 import re
+import stat
 import urllib.parse
 from pathlib import Path
+from typing import BinaryIO
 
 from tinyvgg_jax.errors import UserError
 
@@ -43,3 +46,43 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     if first == "~":
         raise UserError(f"{text}: this user has no home folder; give an absolute path.")
     raise UserError(f"{text}: there is no user {first[1:]} on this machine.")
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file, or a link to one, for reading bytes, without ever waiting.
+
+    Opening or reading a FIFO may wait for ever for a process that writes to it, and opening a
+    device may have effects. So everything that is not a regular file is refused.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The open file, whose `name` is the path.
+
+    Raises:
+        OSError: if there is no such file, if it must not be read, or if it is not a regular file.
+    """
+    # `Path.open` takes no opener.
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Opens a file as `os.open` does, if it is a regular one."""
+    # A device is not opened at all. What is opened is checked again, because another process may
+    # have replaced the file in between.
+    _require_regular(Path(path).stat(), path)
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        _require_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_regular(status: os.stat_result, path: str) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)

@@ -22,7 +22,8 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import Picture, find_all, load_picture
-from tinyvgg_jax.runs.restore import restore, run_info
+from tinyvgg_jax.runs.folder import read_dataset
+from tinyvgg_jax.runs.restore import restore
 from tinyvgg_jax.step import to_float
 
 # Images in a call of the network. The last call is padded, so that one program serves any number.
@@ -157,7 +158,7 @@ def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:
         UserError: if there is no such run or checkpoint, or none that is intact; see `restore`.
     """
     model, params = restore(workdir, step)
-    info = run_info(local_path(workdir))
+    info = read_dataset(local_path(workdir))
     return Predictor(model, params, info.image_shape, info.class_names)
 
 

@@ -1,13 +1,70 @@
-"""Handling of the signals that ask a run to stop."""
+"""Handling of Ctrl-C, and of the other signals that ask a run to stop."""
 
+import _thread
 import contextlib
 import logging
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+# Time for a library's callback to return, before Ctrl-C is raised again.
+_AGAIN_SECONDS = 0.05
+# The file, as Python names it, of the functions that import a module.
+_IMPORT = "<frozen importlib._bootstrap>"
+
+
+@contextlib.contextmanager
+def ctrl_c(abandon: Callable[[], object]) -> Iterator[threading.Event]:
+    """Makes Ctrl-C raise KeyboardInterrupt in the main thread, again and again until it is heard.
+
+    Python raises it wherever the thread is at that moment. Within a library's callback that may be
+    a place from which no exception gets out: Python prints "Exception ignored" and goes on. Other
+    libraries turn it into an error of theirs. So whoever catches any exception asks the event
+    whether Ctrl-C was its cause.
+
+    Args:
+        abandon: ends the process at once. It is called if a library is being imported, because some
+            print a traceback then.
+
+    Yields:
+        An event that is set once Ctrl-C was pressed.
+    """
+    pressed = threading.Event()
+    if (
+        threading.current_thread() is not threading.main_thread()
+        # A shell may have started the process in the background with SIGINT ignored.
+        or signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):
+        yield pressed
+        return
+
+    def handle(_: int, frame: FrameType | None) -> None:
+        pressed.set()
+        if any(f.f_code.co_filename == _IMPORT for f, _ in traceback.walk_stack(frame)):
+            abandon()
+        raise KeyboardInterrupt
+
+    def show_unraisable(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            again = threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            show_before(unraisable)
+
+    before, show_before = signal.signal(signal.SIGINT, handle), sys.unraisablehook
+    sys.unraisablehook = show_unraisable
+    try:
+        yield pressed
+    finally:
+        sys.unraisablehook = show_before
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Training: a run, or several at once, from its config to its summary."""
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -13,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.data import SPLITS, fits_on_device
+from tinyvgg_jax.data import fits_on_device
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import count_parameters
@@ -26,7 +25,7 @@ from tinyvgg_jax.report.progress import (
     tensorboard_writer,
 )
 from tinyvgg_jax.report.recipe import library_versions
-from tinyvgg_jax.runs import folder, seeds
+from tinyvgg_jax.runs import files, folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
 from tinyvgg_jax.signals import stop_signals
@@ -34,10 +33,6 @@ from tinyvgg_jax.step import StepSums, TrainStep
 from tinyvgg_jax.system import Profile
 
 logger = logging.getLogger(__name__)
-
-_SUMMARY_KEYS = {"dataset", "step", "parameters", "seconds", "device", "versions"} | {
-    f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")
-}
 
 
 class Member(NamedTuple):
@@ -91,7 +86,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     first, first_config = next(iter(configs.items()))
     make_run(first_config, first)
     with folder.locked(workdir):
-        folder.write_json(workdir / "config.json", config.to_dict())
+        files.write_json(workdir / "config.json", config.to_dict())
         summaries = None
         # A CPU is busy with one network already, and convolutions with a kernel for each image of
         # a batch are slow there.
@@ -105,7 +100,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if summaries is None:
             summaries = [train_together({path: one})[0] for path, one in configs.items()]
         summary = seeds.summarise(summaries)
-        folder.write_json(workdir / "summary.json", summary)
+        files.write_json(workdir / "summary.json", summary)
     return summary
 
 
@@ -161,7 +156,7 @@ def train(members: list[Member]) -> None:
     if len(history) == num_epochs:
         return
     pipeline = make_pipeline(run.train_step(), [member.run for member in members])
-    profile = Profile(run.workdir / "profile" if run.config.profile else None)
+    profile = Profile(files.subfolder(run.workdir, "profile") if run.config.profile else None)
     with stop_signals() as received, contextlib.closing(profile), contextlib.ExitStack() as opened:
         writers = []
         for member in members:
@@ -277,12 +272,11 @@ def end_epoch(run: Run, state: RunState) -> dict[str, Any]:
 
 def finish(run: Run, state: RunState) -> dict[str, Any]:
     """Evaluates the last parameters on every split and writes summary.json, unless it is there."""
-    path, step = run.workdir / "summary.json", int(state.train.step)
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if summary.keys() >= _SUMMARY_KEYS and summary["step"] == step:
-            logger.info("This run is finished already.")
-            return summary
+    step = int(state.train.step)
+    summary = folder.read_summary(run.workdir)
+    if summary is not None and summary["step"] == step:
+        logger.info("This run is finished already.")
+        return summary
     logger.info("Evaluating ...")
     summary = {}
     for name, split in run.splits.items():
@@ -297,5 +291,5 @@ def finish(run: Run, state: RunState) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "versions": library_versions(),
     }
-    folder.write_json(path, summary)
+    files.write_json(run.workdir / "summary.json", summary)
     return summary

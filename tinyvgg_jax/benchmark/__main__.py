@@ -22,7 +22,7 @@ from typing import Any
 
 from tinyvgg_jax.benchmark.contest import Contestant, Result, contest, ratios
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.runs.folder import json_text, writing_to
+from tinyvgg_jax.runs.files import json_text, writing_to
 
 _JAX_WORKER = "tinyvgg_jax.benchmark.jax_worker"
 _TORCH_WORKER = "tinyvgg_jax.benchmark.torch_worker"

@@ -19,11 +19,12 @@ from tinyvgg_jax.report.evaluation import (
     check_split,
     evaluate_each_seed,
 )
-from tinyvgg_jax.report.plots import drawable
+from tinyvgg_jax.report.plots import drawable, png
 from tinyvgg_jax.report.scores import McNemar, accuracy_interval, mcnemar
 from tinyvgg_jax.report.tables import columns, percentage
 from tinyvgg_jax.runs import seeds
-from tinyvgg_jax.runs.folder import read_summary, write_json, writing_to
+from tinyvgg_jax.runs.files import write_bytes, write_json, writing_to
+from tinyvgg_jax.runs.folder import read_summary
 
 logger = logging.getLogger(__name__)
 
@@ -321,6 +322,6 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     }
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_comparison(comparison).savefig(path, format="png", dpi=120)
+    write_bytes(path, png(draw_comparison(comparison), dpi=120))
     write_json(path.with_name(f"{path.name}.json"), content)
     return path

@@ -14,7 +14,8 @@ from tinyvgg_jax.data import DatasetInfo, load_splits
 from tinyvgg_jax.model import TinyVGG, apply, count_parameters
 from tinyvgg_jax.report.tables import columns
 from tinyvgg_jax.runs import seeds
-from tinyvgg_jax.runs.restore import abstract_params, build_model, run_config, run_info
+from tinyvgg_jax.runs.folder import read_config, read_dataset
+from tinyvgg_jax.runs.restore import abstract_params, build_model
 
 _BYTES_OF_FLOAT32 = 4
 
@@ -127,9 +128,9 @@ def model_of_run(workdir: Path) -> tuple[TinyVGG, tuple[int, int, int]]:
     Raises:
         UserError: if the folder holds no run.
     """
-    config = run_config(workdir)
+    config = read_config(workdir)
     # Runs of several seeds have the same network.
-    info = run_info(seeds.folders(workdir, config)[0])
+    info = read_dataset(seeds.folders(workdir, config)[0])
     return build_model(config, info), info.image_shape
 
 

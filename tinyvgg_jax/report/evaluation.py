@@ -15,8 +15,9 @@ from tinyvgg_jax.model import count_parameters
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.report.scores import calibration, confusion_matrix, precision_recall_f1
 from tinyvgg_jax.runs import seeds
-from tinyvgg_jax.runs.folder import write_json, writing_to
-from tinyvgg_jax.runs.restore import restore_checkpoint, run_config, run_info, single_run_config
+from tinyvgg_jax.runs.files import subfolder, write_json
+from tinyvgg_jax.runs.folder import read_config, read_dataset
+from tinyvgg_jax.runs.restore import restore_checkpoint, single_run_config
 
 
 class DataFolders(NamedTuple):
@@ -110,14 +111,14 @@ def evaluate_checkpoint(
     check_split(split)
     workdir = local_path(workdir)
     config = single_run_config(workdir)
-    model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
+    model, restored = restore_checkpoint(workdir, config, read_dataset(workdir), step)
     splits, info = load_splits(
         config.data.name,
         {split: config.data[f"{split}_split"]},
         folders.data_dir or config.data.data_dir,
         folders.source_dir or config.data.source_dir,
     )
-    if info != run_info(workdir):
+    if info != read_dataset(workdir):
         raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
     data = splits[split]
     result = evaluate(model, restored.params, data)
@@ -203,10 +204,7 @@ def write_evaluation(workdir: Path, split: str, content: dict[str, Any]) -> None
     Raises:
         UserError: if the file cannot be written.
     """
-    folder = workdir / "evaluation"
-    with writing_to(folder):
-        folder.mkdir(exist_ok=True)
-    write_json(folder / f"{split}.json", content)
+    write_json(subfolder(workdir, "evaluation") / f"{split}.json", content)
 
 
 def evaluate_each_seed(
@@ -226,7 +224,7 @@ def evaluate_each_seed(
     workdir = local_path(workdir)
     evaluated = [
         evaluate_checkpoint(folder, split, step, folders, flip_averaging)
-        for folder in seeds.folders(workdir, run_config(workdir))
+        for folder in seeds.folders(workdir, read_config(workdir))
     ]
     steps = [one.step for one in evaluated]
     # A mean over trained and half-trained networks would say nothing about the recipe.

@@ -17,8 +17,8 @@ from tinyvgg_jax.ops.pooling import max_pool_2x2
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import load_picture
 from tinyvgg_jax.predict import Predictor, load_predictor
-from tinyvgg_jax.report.plots import short
-from tinyvgg_jax.runs.folder import writing_to
+from tinyvgg_jax.report.plots import png, short
+from tinyvgg_jax.runs.files import subfolder, write_bytes, writing_to
 from tinyvgg_jax.step import to_float
 
 # Columns of a grid of feature maps; blocks of more than 128 features get twice as many.
@@ -126,11 +126,13 @@ def explain_file(
     predictor = load_predictor(workdir, step)
     picture = load_picture(path, predictor.image_shape, invert)
     explanation = explain(predictor, picture.pixels)
-    target = local_path(output) if output else workdir / "explain" / f"{path.stem}.png"
-    with writing_to(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure = draw(explanation, predictor.class_names)
-        figure.savefig(target, format="png", dpi=100)
+    if output:
+        target = local_path(output)
+        with writing_to(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        target = subfolder(workdir, "explain") / f"{path.stem}.png"
+    write_bytes(target, png(draw(explanation, predictor.class_names), dpi=100))
     return target
 
 

@@ -16,13 +16,15 @@ from ml_collections import ConfigDict
 
 import tinyvgg_jax
 from tinyvgg_jax.data import SPLITS
+from tinyvgg_jax.paths import open_regular
 from tinyvgg_jax.report import parts, plots
 from tinyvgg_jax.report.evaluation import CheckpointEvaluation
 from tinyvgg_jax.report.parts import Drawing, text
 from tinyvgg_jax.report.recipe import curves_note, library_versions, recipe
 from tinyvgg_jax.report.scores import accuracy_interval, calibration
 from tinyvgg_jax.report.tables import PAPER, interval_text, loss_text, percentage
-from tinyvgg_jax.runs.folder import read_summary, write_text, writing_to
+from tinyvgg_jax.runs.files import subfolder, write_bytes, write_text
+from tinyvgg_jax.runs.folder import read_summary
 
 _MAX_WRONG, _MAX_CORRECT = 24, 24
 _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
@@ -103,9 +105,8 @@ def _write_page(
 ) -> Path:
     """Fills the template `page.html`, writes it, and links the pages of all splits."""
     split = each[0].split
+    subfolder(workdir, "evaluation")
     page = report_path(workdir, split)
-    with writing_to(page.parent):
-        page.parent.mkdir(parents=True, exist_ok=True)
     title = parts.name(workdir.resolve().name)
     filled = _PAGE.substitute(
         title=title,
@@ -126,8 +127,11 @@ def _link_splits(workdir: Path) -> None:
     pages = {}
     for split in SPLITS:
         # An earlier version wrote no links, and called the page of every split `report.html`.
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            page = report_path(workdir, split).read_text(encoding="utf-8")
+        with (
+            contextlib.suppress(OSError, UnicodeDecodeError),
+            open_regular(report_path(workdir, split)) as file,
+        ):
+            page = file.read().decode()
             if _SPLIT_LINKS.search(page):
                 pages[split] = page
     for split, page in pages.items():
@@ -231,11 +235,9 @@ def _curves_section(each: Sequence[CheckpointEvaluation]) -> str:
 
 def _write_figures(workdir: Path, split: str, figures: Mapping[str, Figure]) -> None:
     """Writes figures as `evaluation/SPLIT/NAME.png`."""
-    folder = workdir / "evaluation" / split
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            (folder / f"{name}.png").write_bytes(plots.png(figure))
+    folder = subfolder(workdir, "evaluation", split)
+    for name, figure in figures.items():
+        write_bytes(folder / f"{name}.png", plots.png(figure))
 
 
 # The page of one run.

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinyvgg_jax.runs.folder import writing_to
+from tinyvgg_jax.runs.files import subfolder, writing_to
 from tinyvgg_jax.step import StepSums
 
 # Fetching sums waits for the device, so it happens at most this often.
@@ -113,9 +113,10 @@ def tensorboard_writer(workdir: Path, history: list[dict[str, Any]]) -> Any:
     """
     from tensorboardX import SummaryWriter
 
-    with writing_to(workdir):
-        purge_step = history[-1]["step"] + 1 if history else None
-        return SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
+    folder = subfolder(workdir, "tensorboard")
+    purge_step = history[-1]["step"] + 1 if history else None
+    with writing_to(folder):
+        return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def tensorboard_scalars(writer: Any, record: dict[str, Any]) -> None:

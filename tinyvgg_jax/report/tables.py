@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tinyvgg_jax.report.terminal import printable
+
 # Accuracies that the paper reports for FashionMNIST, in percent.
 PAPER = {"train": 90.3, "validation": 89.7, "test": 89.5}
 
@@ -14,12 +16,13 @@ def columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list
     """Aligns cells in columns that are as wide as their widest cells.
 
     Args:
-        rows: the cells of each line, as many in each.
+        rows: the cells of each line, as many in each. What cannot be printed is escaped.
         left: indices of the columns that are aligned to the left; the others are to the right.
 
     Returns:
         The lines.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -81,7 +84,7 @@ def summary_table(summary: dict[str, Any], workdir: Path) -> str:
         rows.append(row)
     last = (
         f"{summary['parameters']:,} parameters, {summary['seconds']:,.0f} s of training on "
-        f"{summary['device']}; everything is in {workdir}"
+        f"{printable(summary['device'])}; everything is in {printable(str(workdir))}"
     )
     return "\n".join([*columns(rows, left=(0, 4 if is_fashion_mnist else 3)), last])
 
@@ -144,9 +147,9 @@ class PredictionTable:
         Args:
             class_names: the names of all classes.
         """
-        self._names = class_names
+        self._names = [printable(name) for name in class_names]
         # Six characters at least, so that the columns are as wide as their titles.
-        self._width = max(6, *(len(name) for name in class_names))
+        self._width = max(6, *map(len, self._names))
         # A probability adds seven characters to a class name.
         column = self._width + 7
         self._head = f"{'prediction':<{column}}  {'second choice':<{column}}  file\n"
@@ -167,7 +170,5 @@ class PredictionTable:
             f"{self._names[label]:<{self._width}} {probabilities[label]:>6.1%}"
             for label in np.argsort(-probabilities, kind="stable")[:2]
         ]
-        # The path comes last because it may be long. It may even hold a line break, so characters
-        # that cannot be printed are escaped.
-        path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
-        return head + "  ".join([*cells, path + ("  (inverted)" if inverted else "")])
+        # The path comes last because it may be long.
+        return head + "  ".join([*cells, printable(path) + ("  (inverted)" if inverted else "")])

@@ -1,8 +1,9 @@
 """Checkpoints: Orbax writes them, a SHA-256 verifies them, and the newest intact one is restored.
 
 A checkpoint has three items: `params`, which can be restored alone; `opt_state`; and `progress`, a
-JSON object with everything else that a run needs to continue, and with the SHA-256 digests of all
-three. The digests are there because Orbax restores bytes that flipped on a disk without an error.
+JSON object with everything else that a run needs to continue, with the validation accuracy, and
+with the SHA-256 digests of all three. The digests are there because Orbax restores bytes that
+flipped on a disk without an error.
 
 A checkpoint is moved away only if it is proven to be damaged: its digest does not match, or its
 files do not restore although all of them can be read and a fresh checkpoint does restore on this
@@ -17,32 +18,41 @@ import logging
 import operator
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    PolicyCheckpointInfo,
+    PreservationContext,
+    PreservationPolicy,
+)
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.runs.folder import writing_to
+from tinyvgg_jax.paths import open_regular
+from tinyvgg_jax.runs.files import digest_json, writing_to
 from tinyvgg_jax.runs.integrity import (
     DamagedError,
     Layout,
     check_layout,
     digest,
-    digest_json,
     layout_of,
     plain_path,
     read_all_files,
+    require_regular_files,
 )
 
 logger = logging.getLogger(__name__)
 
-_METRIC = "validation_accuracy"
+_ACCURACY = "validation_accuracy"
 _LATEST_KEPT = 2
+# An item of earlier versions.
+_METRICS = "metrics"
+# Entries of `progress` that are the checkpoint's own, and not the run's.
+_OWN_ENTRIES = ("shapes", "arrays", _ACCURACY)
 
 
 class Restored(NamedTuple):
@@ -59,6 +69,26 @@ class Restored(NamedTuple):
     params: Any
     opt_state: Any
     progress: dict[str, Any]
+
+
+class _Kept(PreservationPolicy):
+    """Policy that keeps the latest checkpoints, the best one, and those of unknown accuracy."""
+
+    def __init__(self, accuracies: dict[int, float | None]):
+        """Makes the policy.
+
+        Args:
+            accuracies: validation accuracies by step, to which steps may be added later.
+        """
+        self._accuracies = accuracies
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        """Tells for each checkpoint, the oldest first, whether it is kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-_LATEST_KEPT:], *_best_first(steps, self._accuracies)[:1]}
+        return [step in kept or step not in self._accuracies for step in steps]
 
 
 class Checkpoints:
@@ -84,45 +114,50 @@ class Checkpoints:
         # JAX finds its devices here, so that a missing device is not reported as a fault of the
         # checkpoints below.
         jax.local_devices()
-        self._check_metrics()
-        policy = AnyPreservationPolicy(
-            [
-                LatestN(_LATEST_KEPT),
-                BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
-        self._resources = contextlib.ExitStack()
         try:
-            if not read_only:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            self._orbax_folder = self._resources.enter_context(plain_path(self._folder))
-            with _without_advice():
-                options = ocp.CheckpointManagerOptions(
-                    preservation_policy=policy,
-                    best_fn=_accuracy,
-                    best_mode="max",
-                    read_only=read_only,
-                )
-                self._manager = ocp.CheckpointManager(self._orbax_folder, options=options)
+            with contextlib.ExitStack() as resources:
+                self._open(resources)
+                self._resources = resources.pop_all()
         except UserError:
             raise
         except Exception as error:
             # Orbax passes on any exception of its JSON parser and of the file system.
-            self._resources.close()
             raise UserError(
                 f"cannot open the checkpoints in {folder}: {_first_line(error)}"
             ) from error
+
+    def _open(self, resources: contextlib.ExitStack) -> None:
+        """Makes Orbax's reader, and its manager of a folder that is written to."""
+        if not self._read_only:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._orbax_folder = resources.enter_context(plain_path(self._folder))
+        self._reader = resources.enter_context(ocp.Checkpointer(ocp.CompositeCheckpointHandler()))
+        # A step whose accuracy cannot be known now is missing; None stands for the middle of an
+        # epoch.
+        self._accuracies = {
+            step: _accuracy(step, progress)
+            for step in self.steps()
+            if (progress := self._intact_progress(step)) is not None
+        }
+        if self._read_only:
+            return
+        _clear_the_way(self._folder)
+        options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._accuracies))
+        self._manager = ocp.CheckpointManager(self._orbax_folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
         with self._resources, self._as_user_error("cannot finish saving a checkpoint"):
-            self._manager.close()
+            if not self._read_only:
+                self._manager.close()
 
     def steps(self) -> list[int]:
         """Lists the steps that have a checkpoint, in ascending order."""
-        return sorted(self._manager.all_steps())
+        # A checkpoint gets its name when it is whole.
+        names = [path.name for path in self._folder.iterdir() if path.is_dir()]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def save(
         self,
@@ -158,17 +193,18 @@ class Checkpoints:
             **copy.deepcopy(progress),
             "shapes": {path: shape for path, (shape, _) in layout_of(params).items()},
             "arrays": {name: layout_of(tree) for name, tree in arrays.items()},
+            _ACCURACY: None if validation_accuracy is None else float(validation_accuracy),
         }
         digests = {name: digest(tree) for name, tree in arrays.items()}
         digests["progress"] = digest_json(progress)
-        metrics = None if validation_accuracy is None else {_METRIC: float(validation_accuracy)}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             opt_state=ocp.args.StandardSave(opt_state),
             progress=ocp.args.JsonSave({**progress, "digests": digests}),
         )
         with self._as_user_error("cannot save a checkpoint"):
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+            self._accuracies[step] = progress[_ACCURACY]
+            self._manager.save(step, args=items, force=True)
         if not self._read_back:
             self.wait()
             with self._as_user_error("what was saved cannot be read back"):
@@ -238,7 +274,7 @@ class Checkpoints:
         elif step == "latest":
             candidates = steps[::-1]
         else:
-            candidates = sorted(steps, key=lambda s: (self._validation_accuracy(s), s))[::-1]
+            candidates = _best_first(steps, self._accuracies)
         for candidate in candidates:
             restored = self._restore_if_intact(candidate, params, None)
             if restored is not None:
@@ -277,13 +313,7 @@ class Checkpoints:
             DamagedError: if a digest does not match.
             UserError: if the checkpoint holds other arrays.
         """
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-        )
-        progress = dict(stored["progress"])
-        digests = progress.pop("digests")
-        if digests["progress"] != digest_json(progress):
-            raise DamagedError("its content does not match its digest")
+        progress, digests = self._read_progress(step)
         for name, tree in wanted.items():
             # Earlier versions recorded no layout; Orbax's own is not covered by a digest.
             stored_layout = progress.get("arrays", {}).get(name) or self._orbax_layout(step, name)
@@ -291,12 +321,35 @@ class Checkpoints:
         items = {
             name: ocp.args.StandardRestore(_on_first_device(tree)) for name, tree in wanted.items()
         }
-        content = self._manager.restore(step, args=ocp.args.Composite(**items))
+        content = self._reader.restore(
+            self._orbax_folder / str(step), args=ocp.args.Composite(**items)
+        )
         if any(digest(content[name]) != digests[name] for name in wanted):
             raise DamagedError("its content does not match its digest")
-        for name in ("shapes", "arrays"):
+        for name in _OWN_ENTRIES:
             progress.pop(name, None)
         return Restored(step, content["params"], content.get("opt_state"), progress)
+
+    def _read_progress(self, step: int) -> tuple[dict[str, Any], dict[str, str]]:
+        """Reads a checkpoint's progress and its digests; raises if it is damaged."""
+        require_regular_files(self._folder / str(step), besides=_METRICS)
+        stored = self._reader.restore(
+            self._orbax_folder / str(step),
+            args=ocp.args.Composite(progress=ocp.args.JsonRestore()),
+        )
+        progress = dict(stored["progress"])
+        digests = progress.pop("digests")
+        if digests["progress"] != digest_json(progress):
+            raise DamagedError("its content does not match its digest")
+        return progress, digests
+
+    def _intact_progress(self, step: int) -> dict[str, Any] | None:
+        """Reads a checkpoint's progress; None if that fails, which restoring it will explain."""
+        try:
+            return self._read_progress(step)[0]
+        except Exception:
+            # A damaged file raises one of a dozen exception types, plain Exception included.
+            return None
 
     def _name(self, step: int) -> str:
         return f"the checkpoint of step {step} in {self._folder}"
@@ -330,43 +383,10 @@ class Checkpoints:
                 f"as it is: {self._reason(error)}"
             ) from error
 
-    def _validation_accuracy(self, step: int) -> float:
-        """Reads a checkpoint's validation accuracy; -1 if it has none."""
-        try:
-            metrics = json.loads(
-                _metrics_file(self._folder / str(step)).read_text(encoding="utf-8")
-            )
-            return float(metrics[_METRIC])
-        except (OSError, ValueError, KeyError, TypeError):
-            return -1.0
-
     def _quarantine(self, step: int) -> None:
         """Moves a damaged checkpoint away, because Orbax refuses to save a step that exists."""
         _quarantine_folder(self._folder / str(step))
         self._manager.reload()
-
-    def _check_metrics(self) -> None:
-        """Moves checkpoints with damaged metrics away, because Orbax cannot open their folder.
-
-        Raises:
-            UserError: if metrics cannot be read, or are damaged and nothing may be moved.
-        """
-        for folder in self._folder.glob("[0-9]*"):
-            if not folder.is_dir():
-                raise UserError(f"{folder} is in the way of a checkpoint: it is no folder.")
-            file = _metrics_file(folder)
-            try:
-                if file.exists():
-                    content = json.loads(file.read_text(encoding="utf-8"))
-                    if type(_accuracy(content)) is not float:
-                        raise ValueError(f"{_METRIC} is not a number")
-            except OSError as error:
-                raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
-            except (ValueError, KeyError, TypeError) as error:
-                if self._read_only:
-                    raise UserError(f"{file} is damaged; move {folder} away.") from error
-                logger.warning("The checkpoint of step %s is damaged: %s", folder.name, error)
-                _quarantine_folder(folder)
 
     @contextlib.contextmanager
     def _as_user_error(self, what: str) -> Iterator[None]:
@@ -411,12 +431,47 @@ def _on_first_device(tree: Any) -> Any:
     )
 
 
-def _accuracy(metrics: Any) -> float:
-    return metrics[_METRIC]
+def _accuracy(step: int, progress: dict[str, Any]) -> float | None:
+    """Finds a checkpoint's validation accuracy; None for one in the middle of an epoch."""
+    if _ACCURACY in progress:
+        return cast(float | None, progress[_ACCURACY])
+    # Earlier versions recorded it in the history only.
+    last = (progress.get("history") or [{}])[-1]
+    return cast(float, last[_ACCURACY]) if last.get("step") == step else None
 
 
-def _metrics_file(step_folder: Path) -> Path:
-    return step_folder / "metrics" / "metrics"
+def _best_first(steps: Sequence[int], accuracies: dict[int, float | None]) -> list[int]:
+    """Sorts steps by validation accuracy, later ones first if equal, those without one last."""
+
+    def rank(step: int) -> tuple[float, int]:
+        accuracy = accuracies.get(step)
+        return (-1.0 if accuracy is None else accuracy, step)
+
+    return sorted(steps, key=rank, reverse=True)
+
+
+def _clear_the_way(folder: Path) -> None:
+    """Removes metrics that Orbax could not read, because it would not open their folder.
+
+    Earlier versions wrote them. Nothing here reads them, because they have no digest.
+
+    Raises:
+        UserError: if metrics cannot be read, or a file is in the way of a checkpoint.
+    """
+    for step_folder in folder.glob("[0-9]*"):
+        if not step_folder.is_dir():
+            raise UserError(f"{step_folder} is in the way of a checkpoint: it is no folder.")
+        path = step_folder / _METRICS / _METRICS
+        try:
+            with open_regular(path) as file:
+                json.loads(file.read())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("Removed %s, which is damaged and not needed: %s", path, error)
+            shutil.rmtree(path.parent)
 
 
 def _damaged_folder(folder: Path) -> Path:

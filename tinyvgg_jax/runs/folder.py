@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its JSON files, and the check that it holds no other run."""
+"""A run's folder: its lock, its config and results, and the check that it holds no other run."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.runs.files import read_json, write_json, write_text, writing_to
 
 if TYPE_CHECKING:
-    # Listing runs does not wait for JAX.
+    # Listing runs does not wait for JAX, which comes with it.
     from tinyvgg_jax.data import DatasetInfo, Split
 
 logger = logging.getLogger(__name__)
@@ -25,60 +27,93 @@ logger = logging.getLogger(__name__)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-@contextlib.contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turns an OSError within the context into a UserError.
-
-    Args:
-        path: the file or folder to name in the message.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a text file atomically: readers see the old file or the new one, never a part.
-
-    Args:
-        path: the file.
-        text: its new content, written as UTF-8.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.new")
-    with writing_to(path.parent):
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-
-
-def json_text(content: dict[str, Any]) -> str:
-    """Formats JSON with an indentation of two and a final newline, as in all files of a run."""
-    return json.dumps(content, indent=2) + "\n"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces a JSON file atomically; raises as `write_text` does."""
-    write_text(path, json_text(content))
-
-
-def read_summary(workdir: Path) -> dict[str, Any] | None:
-    """Reads a run's `summary.json`; None if the run is not finished, or the file is damaged."""
-    try:
-        content: dict[str, Any] = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-        for key in ("seconds", "train_accuracy", "validation_accuracy", "test_accuracy"):
-            content[key] = float(content[key])
-        dict(content["versions"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return content
-
-
 def write_history(workdir: Path, history: list[dict[str, Any]]) -> None:
     """Replaces a run's `metrics.jsonl`: one line of JSON for each finished epoch."""
     write_text(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Reads a run's `config.json`.
+
+    Args:
+        workdir: the run's folder.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        UserError: if the folder holds no run, or the file is damaged or no valid config.
+    """
+    path = workdir / "config.json"
+    content = read_json(path)
+    if content is None:
+        raise UserError(f"{workdir} holds no run: there is no {path.name} in it.")
+    try:
+        return config_lib.validated(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_dataset(workdir: Path) -> "DatasetInfo":
+    """Reads the image shape and class names of a run's dataset from `dataset.json`.
+
+    Args:
+        workdir: the run's folder.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    from tinyvgg_jax.data import DatasetInfo
+
+    path = workdir / "dataset.json"
+    content = read_json(path)
+    if content is None:
+        raise UserError(f"{workdir} holds no {path.name}.")
+    shape, names = content.get("image_shape"), content.get("class_names")
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 3
+        and all(type(size) is int and 0 < size < 1_000_000 for size in shape)
+        and isinstance(names, list)
+        and names
+        and all(isinstance(name, str) for name in names)
+    ):
+        raise UserError(f"{path} is damaged: it holds no image_shape or class_names of a dataset.")
+    return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names))
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """Reads the `summary.json` of a finished run.
+
+    Args:
+        workdir: the run's folder.
+
+    Returns:
+        What `train_and_evaluate` returned; None if the run is not finished, or, with a warning, if
+        the file is damaged: everything in it can be computed again.
+    """
+    path = workdir / "summary.json"
+    try:
+        summary = read_json(path)
+        if summary is not None and not _is_summary(summary):
+            raise UserError(f"{path} is damaged: it is no summary of a run.")
+    except UserError as error:
+        logger.warning("Ignored: %s", error)
+        return None
+    return summary
+
+
+def _is_summary(content: dict[str, Any]) -> bool:
+    """Tells whether JSON content has the keys of a summary, each of the right type."""
+    fields = [name for name in config_lib.FIELDS if name.endswith("_split")]
+    splits = [name.removeprefix("data.").removesuffix("_split") for name in fields]
+    numbers = [f"{split}_{kind}" for split in splits for kind in ("accuracy", "loss")]
+    return (
+        all(type(content.get(key)) in (int, float) for key in (*numbers, "seconds"))
+        and all(type(content.get(key)) is int for key in ("step", "parameters"))
+        and all(isinstance(content.get(key), str) for key in ("dataset", "device"))
+        and isinstance(content.get("versions"), dict)
+    )
 
 
 def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
@@ -96,7 +131,7 @@ def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
             "pass another --workdir."
         )
     if is_run:
-        differences = config_lib.differences(config, config_lib.from_file(path))
+        differences = config_lib.differences(config, read_config(workdir))
         if differences:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(differences)}). "
@@ -121,9 +156,9 @@ def describe(
     path = workdir / "dataset.json"
     sizes = {name: len(split) for name, split in splits.items()}
     content = dataclasses.asdict(info) | {"num_examples": sizes}
-    with writing_to(workdir):
-        before = path.read_bytes() if path.exists() else None
-    if before not in (None, json_text(content).encode()):
+    before = read_json(path)
+    # Lists come back where tuples were written.
+    if before not in (None, json.loads(json.dumps(content))):
         raise UserError(
             f"{workdir} holds a run on other data than the {config.data.name} found here (compare "
             f"{path}). Pass another --workdir, or the right --config.data.data_dir."
@@ -143,10 +178,12 @@ def locked(workdir: Path) -> Iterator[None]:
     """
     with writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("w")
-    with file:
+        # A link in its place is not followed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(workdir / ".lock", flags, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training in {workdir}.") from None
         except OSError as error:
@@ -159,3 +196,5 @@ def locked(workdir: Path) -> Iterator[None]:
                 error.strerror,
             )
         yield
+    finally:
+        os.close(descriptor)

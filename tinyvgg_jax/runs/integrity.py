@@ -46,11 +46,6 @@ def digest(tree: Any) -> str:
     return sha.hexdigest()
 
 
-def digest_json(content: dict[str, Any]) -> str:
-    """Computes the SHA-256 of JSON content; the order of its keys has no effect."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def layout_of(tree: Any) -> Layout:
     """Lists the shape and dtype of each array of a tree."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -98,6 +93,24 @@ def check_layout(where: str, item: str, expected: Layout, stored: Layout) -> Non
                 f"{where} has {path} in {dtype}, but this process would make it "
                 f"{expected[path][1]}. Is JAX_ENABLE_X64 set differently than for the run?"
             )
+
+
+def require_regular_files(folder: Path, besides: str) -> None:
+    """Checks that everything below a folder is a file or a folder.
+
+    Opening a named pipe, for example, would wait for ever.
+
+    Args:
+        folder: the folder.
+        besides: name of a folder in it that is not checked.
+
+    Raises:
+        DamagedError: if something else is there.
+    """
+    for path in folder.rglob("*"):
+        checked = path.relative_to(folder).parts[0] != besides
+        if checked and not (path.is_file() or path.is_dir()):
+            raise DamagedError(f"{path} is not a regular file")
 
 
 def read_all_files(folder: Path) -> None:

@@ -1,7 +1,5 @@
 """Reading a run's folder: its config, its dataset's info, and its trained network."""
 
-import json
-import operator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.data import DatasetInfo
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.runs.checkpoint import Checkpoints, Restored
+from tinyvgg_jax.runs.folder import read_config, read_dataset
 
 
 def build_model(config: ConfigDict, info: DatasetInfo) -> TinyVGG:
@@ -75,13 +73,8 @@ def restore(workdir: str | Path, step: int | str = "best") -> tuple[TinyVGG, Any
     """
     workdir = local_path(workdir)
     config = single_run_config(workdir)
-    model, restored = restore_checkpoint(workdir, config, run_info(workdir), step)
+    model, restored = restore_checkpoint(workdir, config, read_dataset(workdir), step)
     return model, restored.params
-
-
-def run_config(workdir: Path) -> ConfigDict:
-    """Reads the config of the run in a folder."""
-    return config_lib.from_file(workdir / "config.json")
 
 
 def single_run_config(workdir: Path) -> ConfigDict:
@@ -90,27 +83,13 @@ def single_run_config(workdir: Path) -> ConfigDict:
     Raises:
         UserError: if the folder holds runs of several seeds, or no run.
     """
-    config = run_config(workdir)
+    config = read_config(workdir)
     if config.num_seeds > 1:
         raise UserError(
             f"{workdir} holds runs of {config.num_seeds} seeds; name one of them, like "
             f"{workdir / f'seed_{config.seed}'}."
         )
     return config
-
-
-def run_info(workdir: Path) -> DatasetInfo:
-    """Reads the image shape and class names of a run's dataset from `dataset.json`.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
-    try:
-        content = json.loads((workdir / "dataset.json").read_text(encoding="utf-8"))
-        height, width, channels = (operator.index(n) for n in content["image_shape"])
-        return DatasetInfo((height, width, channels), tuple(content["class_names"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{workdir} holds no readable dataset.json: {error}") from error
 
 
 def restore_checkpoint(
