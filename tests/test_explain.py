@@ -1,3 +1,4 @@
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 
 from tinyvgg_jax import Predictor, UserError, load_predictor
 from tinyvgg_jax.model import TinyVGG
-from tinyvgg_jax.report.explain import explain, explain_file, grad_cam
+from tinyvgg_jax.report.explain import Explanation, draw, explain, explain_file, grad_cam
 
 Trained = tuple[Path, dict[str, Any]]
 
@@ -93,3 +94,15 @@ def test_a_picture_is_written(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         explain_file(trained[0], tmp_path / "dark bar.png", tmp_path / "file" / "seen.png")
+
+
+@pytest.mark.parametrize("names", [("only",), (60 * "x", "\N{DRESS} $x$")])
+def test_any_names_of_classes_can_be_drawn(names: tuple[str, ...]) -> None:
+    probabilities = np.linspace(0.6, 0.4, len(names), dtype=np.float32)
+    image, maps = np.zeros((8, 8, 1), np.uint8), [np.ones((4, 4, 3), np.float32)]
+    figure = draw(Explanation(image, probabilities, maps, np.ones((4, 4), np.float32)), names)
+    # A glyph that Matplotlib lacks is a warning, which fails the test.
+    figure.savefig(io.BytesIO(), format="png", dpi=30)
+    bars = figure.subfigs[0].axes[2]
+    assert all(len(label.get_text()) <= 20 for label in bars.get_yticklabels())
+    assert len(bars.patches) == len(names)

@@ -348,7 +348,7 @@ def test_several_seeds_have_a_page_that_links_to_each(
     assert "no interval from 2 values" in page and "seeds 4 to 5" in page
     for value in found["values"]:
         assert f"<td>{value:.2%}</td>" in page
-    content = json.loads((tmp_path / "evaluation" / "validation.json").read_text())
+    content = stored(tmp_path / "evaluation" / "validation.json")
     assert f"validation, ensemble</span><strong>{content['ensemble']['accuracy']:.2%}" in page
     # Both seeds count in the matrix.
     assert np.sum(content["confusion"]) == 2 * 80

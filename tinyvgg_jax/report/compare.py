@@ -278,7 +278,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
     axes.set(ylim=(len(runs) - 0.5, -0.7))
     axes.set_xlabel(
         f"Accuracy on the {comparison.split} split (%), with 95 % confidence interval"
-        + ("; strokes: the seeds" if any(len(run.accuracies) > 1 for run in runs) else "")
+        + ("; strokes: seeds" if any(len(run.accuracies) > 1 for run in runs) else "")
     )
     axes.grid(axis="x", color="#e4e0da")
     axes.set_axisbelow(True)

@@ -105,14 +105,14 @@ def _read(workdir: Path) -> ListedRun:
     """Reads a run's JSON files; raises a UserError if its config.json is not one of a run."""
     # The config is not validated, because the names of optimizers and the like come with JAX.
     path = workdir / "config.json"
+    config = read_json(path) or {}
     try:
-        config = read_json(path) or {}
         num_epochs, dataset = operator.index(config["num_epochs"]), str(config["data"]["name"])
         num_seeds = operator.index(config.get("num_seeds", 1))
         changed = path.stat().st_mtime
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not the config of a run.") from error
     summary, last = read_summary(workdir), _last_epoch(workdir)
     with contextlib.suppress(OSError):
@@ -124,7 +124,7 @@ def _read(workdir: Path) -> ListedRun:
         "test" if summary else "validation",
         last.get("epoch", 0) if num_seeds == 1 else None,
         num_epochs,
-        summary.get("parameters") if summary else None,
+        summary["parameters"] if summary else None,
         num_seeds,
         changed,
     )
@@ -157,7 +157,7 @@ def runs_table(runs: Sequence[ListedRun]) -> str:
                 "-" if run.accuracy is None else percentage(run.accuracy),
                 "" if run.accuracy is None else run.split,
                 f"{run.num_epochs}" if run.split == "test" else f"{done}/{run.num_epochs}",
-                f"{run.parameters:,}" if isinstance(run.parameters, int) else "-",
+                "-" if run.parameters is None else f"{run.parameters:,}",
                 f"{run.num_seeds}",
                 f"{changed:%Y-%m-%d %H:%M}",
             ]

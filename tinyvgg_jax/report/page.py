@@ -105,7 +105,8 @@ def _write_page(
 ) -> Path:
     """Fills the template `page.html`, writes it, and links the pages of all splits."""
     split = each[0].split
-    page = subfolder(workdir, "evaluation") / report_path(workdir, split).name
+    subfolder(workdir, "evaluation")
+    page = report_path(workdir, split)
     title = parts.name(workdir.resolve().name)
     filled = _PAGE.substitute(
         title=title,
@@ -126,9 +127,11 @@ def _link_splits(workdir: Path) -> None:
     pages = {}
     for split in SPLITS:
         # An earlier version wrote no links, and called the page of every split `report.html`.
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            with open_regular(report_path(workdir, split)) as file:
-                page = file.read().decode()
+        with (
+            contextlib.suppress(OSError, UnicodeDecodeError),
+            open_regular(report_path(workdir, split)) as file,
+        ):
+            page = file.read().decode()
             if _SPLIT_LINKS.search(page):
                 pages[split] = page
     for split, page in pages.items():

@@ -16,13 +16,13 @@ def columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list
     """Aligns cells in columns that are as wide as their widest cells.
 
     Args:
-        rows: the cells of each line, as many in each. What cannot be printed in them is escaped.
+        rows: the cells of each line, as many in each. What cannot be printed is escaped.
         left: indices of the columns that are aligned to the left; the others are to the right.
 
     Returns:
         The lines.
     """
-    rows = [list(map(printable, row)) for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

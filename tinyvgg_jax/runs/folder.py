@@ -21,7 +21,7 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.runs.files import read_json, write_json, write_text, writing_to
 
 if TYPE_CHECKING:
-    # Listing runs does not wait for JAX.
+    # Listing runs does not wait for JAX, which comes with it.
     from tinyvgg_jax.data import DatasetInfo, Split
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def read_dataset(workdir: Path) -> DatasetInfo:
     Raises:
         UserError: if the file is missing or damaged.
     """
+    from tinyvgg_jax.data import DatasetInfo
+
     path = workdir / "dataset.json"
     content = read_json(path)
     if content is None:
@@ -80,7 +82,6 @@ def read_dataset(workdir: Path) -> DatasetInfo:
         and all(isinstance(name, str) for name in names)
     ):
         raise UserError(f"{path} is damaged: it holds no image_shape or class_names of a dataset.")
-    from tinyvgg_jax.data import DatasetInfo
 
     return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names))
 
@@ -108,7 +109,8 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
 
 def _is_summary(content: dict[str, Any]) -> bool:
     """Tells whether JSON content has the keys of a summary, each of the right type."""
-    splits = ("train", "validation", "test")
+    fields = [name for name in config_lib.FIELDS if name.endswith("_split")]
+    splits = [name.removeprefix("data.").removesuffix("_split") for name in fields]
     numbers = [f"{split}_{kind}" for split in splits for kind in ("accuracy", "loss")]
     return (
         all(type(content.get(key)) in (int, float) for key in (*numbers, "seconds"))
