@@ -186,9 +186,9 @@ def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict
     """The files of a run in every format that can be made here."""
     workdir = tmp_path_factory.mktemp("exported") / "run"
     shutil.copytree(trained[0], workdir)
-    files, table = export_run(workdir, formats_of("all", False))
-    assert len(table.splitlines()) == len(files) + 4
-    quantized, _ = export_run(workdir, formats_of("all", True), int8=True)
+    files, table, module = export_run(workdir, formats_of("all", False))
+    assert len(table.splitlines()) == len(files) + 4 and "nn.Conv2d(1, 4, 3, padding=1)" in module
+    quantized, *_ = export_run(workdir, formats_of("all", True), int8=True)
     return {path.name: path for path in [*files, *quantized]}
 
 
@@ -378,4 +378,5 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     for name, kind in FORMATS.items():
         with pytest.raises(UserError, match=rf"tinyvgg-jax\[{kind.extra}\]"):
             formats_of(name, False)
-    assert formats_of("all", False) == []
+    with pytest.raises(UserError, match="no format has its libraries"):
+        formats_of("all", False)

@@ -41,12 +41,17 @@ Evaluate a checkpoint of a run, and write a report with pictures:
 Predict the classes of pictures, files or folders of them:
   python -m tinyvgg_jax.main --mode predict --workdir runs/default IMAGE...
                              [--json] [--invert auto|yes|no] [--step N|latest|best]
+  python -m tinyvgg_jax.main --mode predict --model FILE.jax|.onnx|.tflite IMAGE...
 Draw how the network sees a picture, its feature maps and where it looked:
   python -m tinyvgg_jax.main --mode explain --workdir runs/default IMAGE
                              [--output FILE.png] [--invert auto|yes|no] [--step N|latest|best]
 Compare runs on the same images; with --output, draw them too:
   python -m tinyvgg_jax.main --mode compare RUN RUN... [--output FILE.png]
                              [--split train|validation|test] [--step N|latest|best]
+Export a network to other formats, and verify what was written:
+  python -m tinyvgg_jax.main --mode export --workdir runs/default
+                             --format jax|onnx|litert|torch|all [--int8]
+                             [--step N|latest|best] [--output FILE] [--no_verify]
 List the runs below folders, and how far they are:
   python -m tinyvgg_jax.main --mode list [FOLDER...]
 Show the layers of a network, their parameters and multiply-adds:
@@ -79,7 +84,11 @@ _FLIP_AVERAGING = flags.DEFINE_bool(
 )
 _JSON = flags.DEFINE_bool("json", False, "For predict: an object a line instead of a table.")
 _INVERT = flags.DEFINE_string("invert", "auto", "Whether pictures are dark on light.")
-_OUTPUT = flags.DEFINE_string("output", None, "For explain and compare: the PNG to write.")
+_OUTPUT = flags.DEFINE_string("output", None, "For explain, compare, export: the file to write.")
+_FORMAT = flags.DEFINE_string("format", None, "For export: formats, with commas between them.")
+_INT8 = flags.DEFINE_bool("int8", False, "For export: quantize to int8.")
+_NO_VERIFY = flags.DEFINE_bool("no_verify", False, "For export: do not verify the files.")
+_MODEL = flags.DEFINE_string("model", None, "For predict: an exported file.")
 
 
 def _show_unraisable(unraisable: Any) -> None:
@@ -283,12 +292,23 @@ def _evaluate(_: list[str]) -> int:
 
 
 def _predict(paths: list[str]) -> int:
-    workdir, step, invert = _existing_workdir(), _step("best"), _invert()
-    from tinyvgg_jax.predict import load_predictor, predict_files
+    step, invert = _step("best"), _invert()
+    if _MODEL.value is not None and _WORKDIR.value is not None:
+        raise UserError("--mode predict takes either --model or --workdir.")
+    if _MODEL.value is None:
+        _existing_workdir()
+    exported = None if _MODEL.value is None else local_path(_MODEL.value)
+    from tinyvgg_jax.predict import Classifier, load_predictor, predict_files
     from tinyvgg_jax.report.tables import PredictionTable
 
     _start_jax()
-    predictor = load_predictor(workdir, step)
+    predictor: Classifier
+    if exported is not None:
+        from tinyvgg_jax.export.loaded import load
+
+        predictor = load(exported)
+    else:
+        predictor = load_predictor(_existing_workdir(), step)
     status = 0
     table = None if _JSON.value else PredictionTable(predictor.class_names)
     for answer in predict_files(predictor, paths, invert):
@@ -322,6 +342,34 @@ def _compare(paths: list[str]) -> int:
     _show(comparison_table(comparison))
     if output is not None:
         _show(f"plot: {write_comparison(comparison, output)}")
+    return 0
+
+
+def _export(_: list[str]) -> int:
+    workdir, step = _existing_workdir(), _step("best")
+    if _FORMAT.value is None:
+        raise UserError("--mode export needs --format, see --help.")
+    from tinyvgg_jax.export import run
+
+    formats = run.formats_of(_FORMAT.value, _INT8.value)
+    if _OUTPUT.value is not None and len(formats) > 1:
+        raise UserError(f"--output names one file, and {len(formats)} formats are to be written.")
+    _start_jax()
+    exported = run.export_run(
+        workdir,
+        formats,
+        step,
+        int8=_INT8.value,
+        output=_OUTPUT.value,
+        verified=not _NO_VERIFY.value,
+        folders=_data_folders(),
+    )
+    if exported.table:
+        _show(exported.table)
+    for file in exported.files:
+        _show(f"written: {file}")
+    if exported.torch_module:
+        _show(f"The PyTorch module that it loads into:\n\n{exported.torch_module}")
     return 0
 
 
@@ -374,6 +422,7 @@ MODES = {
     "predict": Mode(_predict, "IMAGE..."),
     "explain": Mode(_explain, "IMAGE"),
     "compare": Mode(_compare, "RUN RUN..."),
+    "export": Mode(_export),
     "list": Mode(_list, "[FOLDER...]"),
     "describe": Mode(_describe),
     "prepare": Mode(_prepare),

@@ -122,6 +122,21 @@ FORMATS = {
 }
 
 
+class Exported(NamedTuple):
+    """Result of `export_run`.
+
+    Attributes:
+        files: the files.
+        table: the table of their verification; empty without one.
+        torch_module: the code of the PyTorch module that a safetensors file loads into; empty if
+            there is none.
+    """
+
+    files: list[Path]
+    table: str
+    torch_module: str
+
+
 def formats_of(names: str, int8: bool) -> list[str]:
     """Parses the names of formats, and checks that their libraries are there.
 
@@ -138,7 +153,12 @@ def formats_of(names: str, int8: bool) -> list[str]:
     """
     if names == "all":
         usable = [name for name, kind in FORMATS.items() if not int8 or kind.quantize]
-        return [name for name in usable if not _missing(name)]
+        found = [name for name in usable if not _missing(name)]
+        if not found:
+            raise UserError(
+                "no format has its libraries: pip install 'tinyvgg-jax[export,onnx,litert]'."
+            )
+        return found
     wanted = list(dict.fromkeys(names.split(",")))
     for name in wanted:
         if name not in FORMATS:
@@ -177,7 +197,7 @@ def export_run(
     output: str | Path | None = None,
     verified: bool = True,
     folders: DataFolders = AS_IN_CONFIG,
-) -> tuple[list[Path], str]:
+) -> Exported:
     """Exports a run's network to files, and verifies them on the validation split.
 
     Args:
@@ -190,7 +210,7 @@ def export_run(
         folders: folders of the data that replace those of the run's config.
 
     Returns:
-        The files, and the table of their verification, which is empty without one.
+        The files, and what there is to say about them.
 
     Raises:
         UserError: if there is no such run or checkpoint; if the data cannot be loaded; if a file
@@ -230,7 +250,10 @@ def export_run(
         files.append(targets[name])
         if name == "litert" and int8:
             files += _write_micro(targets[name], content, trained, splits)
-    return files, check.table() if check else ""
+    from tinyvgg_jax.export.torch import torch_module
+
+    module = torch_module(model, info.image_shape) if "torch" in formats else ""
+    return Exported(files, check.table() if check else "", module)
 
 
 def _target(workdir: Path, name: str, int8: bool, output: str | Path | None) -> Path:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.report.terminal import printable
 
 # Classes of nearly equal probability may change places by rounding.
 _ROUNDING = 1e-4
@@ -128,17 +127,16 @@ def table(rows: list[Verified], split: str, count: int) -> str:
     """
     lines = [
         f"{'format':<12}{'size':>10}{'accuracy':>10}{'differing':>11}{'probability':>13}"
-        f"{'ms, 1 image':>13}{f'ms, {LARGE_BATCH}':>9}  file"
+        f"{'ms, 1 image':>13}{f'ms, {LARGE_BATCH}':>9}"
     ]
     for row in rows:
         size = "" if row.path is None else f"{row.size / 1000:,.0f} kB"
         differing = "" if row.path is None else f"{row.differing:,}"
         largest = "" if row.path is None else f"{row.largest:.1e}"
         one, many = (f"{ms:.3f}" for ms in row.milliseconds) if row.milliseconds else ("-", "-")
-        path = "" if row.path is None else printable(str(row.path))
         lines.append(
             f"{row.name:<12}{size:>10}{row.accuracy:>10.2%}{differing:>11}{largest:>13}"
-            f"{one:>13}{many:>9}  {path}"
+            f"{one:>13}{many:>9}"
         )
     lines.append(
         f"On the {count:,} images of the {split} split. Differing: images classified otherwise "
