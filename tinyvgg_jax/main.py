@@ -293,22 +293,18 @@ def _evaluate(_: list[str]) -> int:
 
 def _predict(paths: list[str]) -> int:
     step, invert = _step("best"), _invert()
-    if _MODEL.value is not None and _WORKDIR.value is not None:
-        raise UserError("--mode predict takes either --model or --workdir.")
     if _MODEL.value is None:
-        _existing_workdir()
-    exported = None if _MODEL.value is None else local_path(_MODEL.value)
-    from tinyvgg_jax.predict import Classifier, load_predictor, predict_files
+        workdir = _existing_workdir()
+    elif _WORKDIR.value is None:
+        file = local_path(_MODEL.value)
+    else:
+        raise UserError("--mode predict takes either --model or --workdir.")
+    from tinyvgg_jax.export import load
+    from tinyvgg_jax.predict import load_predictor, predict_files
     from tinyvgg_jax.report.tables import PredictionTable
 
     _start_jax()
-    predictor: Classifier
-    if exported is not None:
-        from tinyvgg_jax.export.loaded import load
-
-        predictor = load(exported)
-    else:
-        predictor = load_predictor(_existing_workdir(), step)
+    predictor = load_predictor(workdir, step) if _MODEL.value is None else load(file)
     status = 0
     table = None if _JSON.value else PredictionTable(predictor.class_names)
     for answer in predict_files(predictor, paths, invert):
