@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.data import fits_on_device
+from tinyvgg_jax.data import Split, fits_on_device
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import count_parameters
@@ -86,7 +86,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     configs = {workdir / name: one for name, one in seeds.members(config).items()}
     # Making the first run checks the config and the data before anything is written to the folder.
     first, first_config = next(iter(configs.items()))
-    make_run(first_config, first)
+    splits = make_run(first_config, first).splits
     with folder.locked(workdir):
         files.write_json(workdir / "config.json", config.to_dict())
         summaries = None
@@ -94,13 +94,13 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         # a batch are slow there.
         if _accelerated() and config.data.pipeline != "stream":
             try:
-                summaries = train_together(configs)
+                summaries = train_together(configs, splits)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 logger.warning("The device has no room for all seeds at once; one after another.")
         if summaries is None:
-            summaries = [train_together({path: one})[0] for path, one in configs.items()]
+            summaries = [train_together({path: one}, splits)[0] for path, one in configs.items()]
         summary = seeds.summarise(summaries)
         files.write_json(workdir / "summary.json", summary)
     return summary
@@ -110,11 +110,14 @@ def _accelerated() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def train_together(configs: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
+def train_together(
+    configs: dict[Path, ConfigDict], splits: dict[str, Split] | None = None
+) -> list[dict[str, Any]]:
     """Trains runs that differ in their seeds only, in one program where their steps are the same.
 
     Args:
         configs: the config of each run by its folder; usually a single one.
+        splits: the splits of all runs, if they have been loaded already.
 
     Returns:
         The summary of each run.
@@ -123,8 +126,8 @@ def train_together(configs: dict[Path, ConfigDict]) -> list[dict[str, Any]]:
         runs: list[Run] = []
         for workdir, config in configs.items():
             folder.refuse_another_run(workdir, config)
-            loaded = (runs[0].splits, runs[0].info) if runs else None
-            run = make_run(config, workdir, loaded)
+            run = make_run(config, workdir, splits)
+            splits = run.splits
             locks.enter_context(folder.locked(workdir))
             folder.describe(workdir, config, run.splits, run.info)
             runs.append(run)
