@@ -44,6 +44,16 @@ def stored(path: Path) -> dict[str, Any]:
     return content
 
 
+def in_its_place(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Makes a fault in which something else stands in a file's place."""
+
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keeps the user's own cache out of the tests, and theirs out of the user's."""
