@@ -209,7 +209,7 @@ _DATASET = r"\bbars\b"
 _ON_DATA = ("eval", "train", "resume")
 
 TARGETS = (
-    Target("config.json", "RUN/config.json", _ON_A_RUN, r"config\.json"),
+    Target("config.json", "RUN/config.json", _ON_A_RUN, r"config\.json|run of another config"),
     Target("dataset.json", "RUN/dataset.json", _ON_A_RUN, r"dataset\.json"),
     Target("summary.json", "RUN/summary.json", _ON_A_RUN, r"summary\.json"),
     Target("metrics.jsonl", "RUN/metrics.jsonl", _ON_A_RUN, r"metrics\.jsonl"),
