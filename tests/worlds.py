@@ -136,7 +136,6 @@ def _child(
     call: Callable[[], Any], environment: dict[str, str], stdout: Connection, stderr: Connection
 ) -> None:
     import jax
-    from tqdm import tqdm
 
     os.setsid()
     os.dup2(stdout.fileno(), 1)
@@ -148,8 +147,8 @@ def _child(
     logging.getLogger().handlers.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    # Its usual lock is a semaphore, which nobody would remove after a kill.
-    tqdm.set_lock(threading.RLock())
+    # The server's way to start processes is not the default, and leaves semaphores behind.
+    multiprocessing.set_start_method(None, force=True)
     # The world has its own cache; the tests' common one would hide it.
     jax.config.update("jax_compilation_cache_dir", None)
     status = 0
