@@ -44,6 +44,16 @@ def stored(path: Path) -> dict[str, Any]:
     return content
 
 
+def in_its_place(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Makes a fault in which something else stands in a file's place."""
+
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keeps the user's own cache out of the tests, and theirs out of the user's."""
@@ -104,6 +114,14 @@ def trained(
     config.data.train_split, config.data.validation_split = "train[:250]", "train[250:]"
     workdir = tmp_path_factory.mktemp("run")
     return workdir, train_and_evaluate(config, workdir)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A `worlds.World`, whose users put it back first, by `world.reset()`."""
+    from worlds import World
+
+    return World(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")

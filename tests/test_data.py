@@ -1,23 +1,29 @@
 import gzip
+import hashlib
+import logging
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from conftest import CLASSES, TEST_SIZE, TRAIN_SIZE, synthetic_arrays
+from conftest import CLASSES, TEST_SIZE, TRAIN_SIZE, in_its_place, synthetic_arrays
 
 from tinyvgg_jax.data import (
+    Dataset,
     DatasetInfo,
     Split,
     epoch_order,
     fetch,
+    find_dataset,
     idx,
+    is_prepared,
     load_splits,
     padded_batches,
     prepare,
@@ -83,6 +89,31 @@ def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(UserError, match="neither t10k-labels-idx1-ubyte"):
         idx.read_folder(folder)
+
+
+def test_a_changed_file_among_fashion_mnists_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_idx_folder(tmp_path / "idx", compress=False)
+    digests = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in idx.FILE_NAMES
+    }
+    monkeypatch.setattr(idx, "FASHION_MNIST_SHA256", digests)
+    flip(folder / "t10k-labels-idx1-ubyte", -1)
+    with pytest.raises(UserError, match=r"idx is damaged: its t10k-labels-idx1-ubyte"):
+        load_splits("fashion_mnist", {"a": "train"}, str(tmp_path / "tfds"), str(folder))
+    assert list((tmp_path / "tfds").iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.mkdir()], ids=["fifo", "folder"])
+def test_idx_files_that_are_no_files_are_refused(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    folder = write_idx_folder(tmp_path / "idx", compress=False)
+    (folder / "train-images-idx3-ubyte").unlink()
+    make(folder / "train-images-idx3-ubyte")
+    with pytest.raises(UserError, match=r"idx holds neither train-images-idx3-ubyte\.gz nor"):
+        load_splits("fashion_mnist", {"a": "train"}, str(tmp_path / "tfds"), str(folder))
 
 
 # Preparing
@@ -205,10 +236,11 @@ def test_the_sources_are_asked_in_order_and_a_wrong_content_is_passed_over(
     monkeypatch.setattr(fetch, "_download", lambda _: answer("download", installed))
     write_idx_folder(good)
     monkeypatch.setattr(fetch, "_unpack_debian_package", lambda _: answer("apt", good))
-    monkeypatch.setattr(idx, "is_fashion_mnist", lambda folder: folder == good)
+    unlike = {installed: list(idx.FILE_NAMES), good: []}
+    monkeypatch.setattr(idx, "unlike_fashion_mnist", lambda folder: unlike[folder])
     assert fetch.fetch_fashion_mnist(tmp_path) == good
     assert asked == ["download", "apt"]
-    monkeypatch.setattr(idx, "is_fashion_mnist", lambda folder: folder == installed)
+    unlike[installed] = []
     assert fetch.fetch_fashion_mnist(tmp_path) == installed
     assert asked == ["download", "apt"]
 
@@ -255,10 +287,12 @@ def test_splits_are_slices_of_one_order(data_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("bars", "tset", "unknown split 'tset' of bars: it has train"),
+        ("bars", "tset", "unknown split 'tset' of bars: .*/bars/3.0.1 has train"),
         ("bars", "train[:x]", "unknown split"),
         ("bars", "train[5:5]", "is empty"),
+        ("bars", "train[9:5]", "is empty"),
         ("bras", "train", "no prepared dataset 'bras'"),
+        ("bras", "train", "with TensorFlow, run `tfds build bras --file_format=array_record"),
     ],
 )
 def test_what_is_not_there_is_said(data_dir: Path, name: str, split: str, message: str) -> None:
@@ -272,9 +306,9 @@ def test_images_are_decoded_once_and_again_when_the_files_change(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home / "once"))
     decode, calls = splits._decode, []
 
-    def count(builder: Any, split: str, info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
+    def count(dataset: Dataset, split: str) -> Split:
         calls.append(split)
-        return decode(builder, split, info)
+        return decode(dataset, split)
 
     monkeypatch.setattr(splits, "_decode", count)
     for _ in range(2):
@@ -286,34 +320,272 @@ def test_images_are_decoded_once_and_again_when_the_files_change(
     assert calls == ["test", "test"]
 
 
-@pytest.mark.parametrize("file", ["images.npy", "labels.npy"])
-@pytest.mark.parametrize("size", [None, 0, 150])
+def flip(path: Path, position: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1
+    path.write_bytes(raw)
+
+
+def former_folder(path: Path) -> None:
+    """Earlier versions kept two files in a folder of this name, without a digest."""
+    path.unlink()
+    path.mkdir()
+    np.save(path / "images.npy", np.zeros((TEST_SIZE, 16, 16, 1), np.uint8))
+    np.save(path / "labels.npy", np.zeros(TEST_SIZE, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("damage", "warnings"),
+    [
+        (lambda path: path.unlink(), 0),
+        (lambda path: os.truncate(path, 0), 1),
+        (lambda path: os.truncate(path, 150), 1),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), 1),
+        (lambda path: flip(path, 1000), 1),  # A pixel.
+        (lambda path: flip(path, -40), 1),  # A label.
+        (lambda path: flip(path, -1), 1),  # The digest.
+        (former_folder, 0),
+    ],
+    ids=["missing", "empty", "cut", "zeros", "pixel", "label", "digest", "of an earlier version"],
+)
 def test_a_damaged_cache_is_made_anew(
     data_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    file: str,
-    size: int | None,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+    warnings: int,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = load_splits("bars", {"a": "test"}, str(data_dir))[0]["a"].labels
-    (path,) = tmp_path.glob(f"tinyvgg_jax/decoded/*/{file}")
-    path.unlink() if size is None else os.truncate(path, size)
-    for _ in range(2):
+    before = load_splits("bars", {"a": "test"}, str(data_dir))[0]["a"]
+    (path,) = tmp_path.glob("tinyvgg_jax/decoded/*")
+    raw, before = path.read_bytes(), Split(before.images.copy(), before.labels)
+    damage(path)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tinyvgg_jax"):
         loaded = load_splits("bars", {"a": "test"}, str(data_dir))[0]["a"]
-        np.testing.assert_array_equal(loaded.labels, before)
-        assert loaded.images.shape == (TEST_SIZE, 16, 16, 1)
-    assert path.stat().st_size > 150
+    np.testing.assert_array_equal(loaded.labels, before.labels)
+    np.testing.assert_array_equal(loaded.images, before.images)
+    assert path.read_bytes() == raw
+    assert ["is damaged" in record.getMessage() for record in caplog.records] == [True] * warnings
 
 
-def test_damaged_records_are_one_clear_error(data_dir: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "bars" / "3.0.1"
-    folder.mkdir(parents=True)
-    for file in (data_dir / "bars" / "3.0.1").iterdir():
-        content = file.read_bytes()
-        (folder / file.name).write_bytes(content[:900] if "bars-test" in file.name else content)
-    with pytest.raises(UserError, match=r"3\.0\.1 is damaged"):
-        load_splits("bars", {"a": "test"}, str(tmp_path))
+def test_the_intact_images_of_another_set_are_not_taken(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "scratch").mkdir()
+    prepare.write_dataset(synthetic_arrays(1), "bars", CLASSES, tmp_path / "scratch", tmp_path)
+    ours, theirs = (
+        load_splits("bars", {"a": "test"}, str(folder))[0]["a"].images.copy()
+        for folder in (data_dir, tmp_path)
+    )
+    assert ours.shape == theirs.shape and not np.array_equal(ours, theirs)
+    one, two = (tmp_path / "cache" / "tinyvgg_jax" / "decoded").iterdir()
+    swapped = one.read_bytes(), two.read_bytes()
+    two.write_bytes(swapped[0])
+    one.write_bytes(swapped[1])
+    loaded = load_splits("bars", {"a": "test"}, str(data_dir))[0]["a"].images
+    np.testing.assert_array_equal(loaded, ours)
+
+
+@pytest.fixture
+def bars(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `bars` to be damaged, which has not been decoded; its folder of files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return shutil.copytree(data_dir / "bars" / "3.0.1", tmp_path / "tfds" / "bars" / "3.0.1")
+
+
+def load(files: Path) -> tuple[dict[str, Split], DatasetInfo]:
+    """Loads both splits of the dataset in a folder of files, NAME/VERSION."""
+    wanted = {"train": "train", "test": "test"}
+    return load_splits(files.parent.name, wanted, str(files.parent.parent))
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    """Changes a file but not its time, so that the cache is used if its size is the same."""
+    before, raw = path.stat(), path.read_bytes()
+    assert old in raw
+    path.write_bytes(raw.replace(old, new, 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+FILES = (
+    "dataset_info.json",
+    "features.json",
+    "bars-train.array_record-00000-of-00001",
+    "bars-test.array_record-00000-of-00001",
+)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: path.write_bytes(b"[]"),
+        lambda path: path.write_bytes(b'{"a": [1, {"b": 2}]}'),
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        in_its_place(lambda path: path.mkdir()),
+        in_its_place(os.mkfifo),
+        in_its_place(lambda path: path.symlink_to(path)),
+    ],
+    ids=["missing", "half", "zeros", "list", "object", "bytes", "folder", "fifo", "endless link"],
+)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_set_is_one_clear_error(
+    bars: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    damage(bars / file)
+    with pytest.raises(UserError) as caught:
+        load(bars)
+    message = str(caught.value)
+    assert str(bars.parent.parent) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("dataset_info.json", b'"330"', b'"320"', "is damaged .*330"),
+        ("dataset_info.json", b'"330"', b'"332"', "is damaged .*330"),
+        ("features.json", b'"16"', b'"14"', "is damaged .*16"),
+        ("dataset_info.json", b'"name": "bars"', b'"name": "cars"', "names it 'cars'"),
+        ("features.json", b'"5"', b'"6"', "label.labels.txt has 5 names of 6 classes"),
+        ("label.labels.txt", b"upper\n", b"upper ", "label.labels.txt has 4 names of 5 classes"),
+        ("label.labels.txt", b"upper", b"up\xffer", "label.labels.txt: .*decode"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(
+    bars: Path, file: str, old: bytes, new: bytes, message: str, cached: bool
+) -> None:
+    if cached:
+        load(bars)
+    edit(bars / file, old, new)
+    with pytest.raises(UserError, match=message):
+        load(bars)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_labels_without_a_class_are_refused(bars: Path, cached: bool) -> None:
+    if cached:
+        load(bars)
+    edit(bars / "features.json", b'"5"', b'"4"')
+    edit(bars / "label.labels.txt", b"upper\n", b"upper ")
+    with pytest.raises(
+        UserError, match=r"labels of its split 'te.*0 to 4, its 4 classes are 0 to 3"
+    ):
+        load(bars)
+
+
+def test_a_folder_in_the_place_of_the_names_is_refused(bars: Path) -> None:
+    (bars / "label.labels.txt").unlink()
+    (bars / "label.labels.txt").mkdir()
+    with pytest.raises(UserError, match=r"label\.labels\.txt: .*directory"):
+        load(bars)
+
+
+def test_classes_without_names_are_numbered(bars: Path) -> None:
+    (bars / "label.labels.txt").unlink()
+    assert load(bars)[1].class_names == ("0", "1", "2", "3", "4")
+
+
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare.prepare_fashion_mnist(folder / "tfds", write_idx_folder(folder / "idx"))
+    return folder / "tfds" / "fashion_mnist" / "3.0.1"
+
+
+@pytest.fixture
+def fashion_mnist(prepared_once: Path, tmp_path: Path) -> Path:
+    """A copy of a prepared FashionMNIST to be damaged; its folder of files."""
+    return shutil.copytree(prepared_once, tmp_path / "tfds" / "fashion_mnist" / "3.0.1")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("label.labels.txt", lambda path: path.unlink()),
+        ("label.labels.txt", lambda path: os.truncate(path, path.stat().st_size // 2)),
+        ("label.labels.txt", lambda path: flip(path, 3)),
+        ("label.labels.txt", lambda path: path.write_text("\n".join("abcdefghij"))),
+        ("features.json", lambda path: edit(path, b'"1"\n', b'"3"\n')),
+    ],
+    ids=["missing", "half", "flipped", "other names", "three channels"],
+)
+def test_fashion_mnist_that_is_not_described_as_such_is_refused(
+    fashion_mnist: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    damage(fashion_mnist / file)
+    with pytest.raises(UserError, match=rf"3\.0\.1 is damaged \({file}.*Remove it and run again"):
+        load(fashion_mnist)
+
+
+def test_fashion_mnist_is_not_fetched_if_something_is_in_its_way(
+    fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "fetch_fashion_mnist", lambda _: pytest.fail("fetched"))
+    (fashion_mnist / "features.json").unlink()
+    with pytest.raises(UserError, match=r"fashion_mnist/3\.0\.1 is in the way"):
+        load(fashion_mnist)
+    assert (fashion_mnist / "dataset_info.json").exists()
+
+
+def test_a_set_is_prepared_or_not_and_asking_creates_nothing(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    assert is_prepared("bars", str(data_dir))
+    assert not is_prepared("fashion_mnist", str(data_dir))
+    assert not is_prepared("fashion_mnist", str(tmp_path / "nowhere"))
+    assert not is_prepared("bars", "gs://bucket/tfds")
+    assert not list(tmp_path.iterdir())
+
+
+def test_shared_examples_are_counted(data_dir: Path) -> None:
+    dataset = find_dataset("bars", str(data_dir))
+    for one, other, shared in [
+        ("train", "test", 0),
+        ("train[:250]", "train[250:]", 0),
+        ("train", "train[250:]", 80),
+        ("train[:260]", "train[250:]", 10),
+        ("train[:50%]", "train[40%:60%]", 33),
+        ("train[:250]+test", "test[:20]+train[240:]", 30),
+        ("test+test", "test", 70),
+    ]:
+        assert dataset.num_shared(one, other) == dataset.num_shared(other, one) == shared
+
+
+def test_decoding_shows_lines_without_a_terminal_and_only_if_it_takes_long(
+    bars: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(bars)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(splits, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(splits, "_DECODE_BATCH", 200)
+    os.utime(bars / FILES[0], (1, 1))
+    load(bars)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" images")[0] for line in lines] == [
+        "decoding test: 70/70",
+        "decoding train: 200/330",
+        "decoding train: 330/330",
+    ]
+    assert lines[-1].endswith(", 0 s left")
+
+
+def test_decoding_shows_a_bar_on_a_terminal(
+    bars: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    load(bars)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(splits, "_BAR_AFTER_SECONDS", 0.0)
+    os.utime(bars / FILES[0], (1, 1))
+    load(bars)
+    shown = capsys.readouterr().err
+    assert "decoding train" in shown and "330" in shown
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(

@@ -1,4 +1,6 @@
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +19,13 @@ from tinyvgg_jax.data import DatasetInfo, Split, load_splits
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.report.evaluation import (
+    DataFolders,
     evaluate_checkpoint,
+    evaluate_each_seed,
     evaluation_content,
     write_evaluation,
 )
+from tinyvgg_jax.runs.files import write_json
 from tinyvgg_jax.runs.restore import build_model
 from tinyvgg_jax.step import to_float
 
@@ -105,6 +110,35 @@ def test_a_run_evaluated_again_gives_its_summary_to_the_last_image(
     assert content["correct"] == sum(row["correct"] for row in content["per_class"])
     assert content["count"] == {"train": 250, "validation": 80, "test": 70}[split]
     assert stored(workdir / "evaluation" / f"{split}.json") == content
+
+
+def test_a_folder_that_only_the_runs_config_names_is_used_or_left_alone(
+    trained: tuple[Path, dict[str, Any]],
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    accuracy = trained[1]["test_accuracy"]
+    assert evaluate_checkpoint(workdir).result.accuracy == accuracy
+    assert not caplog.records
+
+    config = stored(workdir / "config.json")
+    config["data"]["data_dir"] = str(tmp_path / "a strangers")
+    config["data"]["source_dir"] = str(tmp_path / "sources")
+    write_json(workdir / "config.json", config)
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(data_dir))
+    with caplog.at_level(logging.WARNING, "tinyvgg_jax"):
+        assert [one.result.accuracy for one in evaluate_each_seed(workdir)] == [accuracy]
+    (record,) = caplog.records
+    assert str(tmp_path / "a strangers") in record.getMessage()
+    assert not (tmp_path / "a strangers").exists()
+
+    # What is given beside the run is meant as it is.
+    with pytest.raises(UserError, match="no prepared dataset 'bars'"):
+        evaluate_checkpoint(workdir, folders=DataFolders(str(tmp_path / "given")))
 
 
 def test_restore_gives_the_best_checkpoint_without_any_dataset(

@@ -25,10 +25,8 @@ class Killed(BaseException):
     """Stands for the death of the process."""
 
 
-def kill(*arguments: Any) -> None:
-    # `dataset.json` stays as it was, so writing it is no moment of its own.
-    if arguments[0].name != "dataset.json":
-        raise Killed
+def kill(*_: Any) -> None:
+    raise Killed
 
 
 def interrupt_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +181,19 @@ def test_killed_before_the_first_new_checkpoint_the_old_and_the_new_command_go_o
     num_epochs: int,
 ) -> None:
     """Killed when the summary is to be removed, the config to be written, or it is written."""
+    original = getattr(folder, moment)
+
+    def die(path: Path, *rest: Any) -> None:
+        # This file stays as it was, so writing it is no moment of its own.
+        if path.name != "dataset.json":
+            raise Killed
+        original(path, *rest)
+
     config.num_epochs = 1
     before = train_and_evaluate(config, tmp_path / "cut")
     config.num_epochs = 2
     with monkeypatch.context() as patch:
-        patch.setattr(folder, moment, kill)
+        patch.setattr(folder, moment, die)
         with pytest.raises(Killed):
             train_and_evaluate(config, tmp_path / "cut")
     assert (tmp_path / "cut" / "summary.json").exists() == (moment == "remove_file")

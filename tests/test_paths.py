@@ -18,8 +18,8 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import UserError, restore, train_and_evaluate
+from tinyvgg_jax.cache import cache_dir
 from tinyvgg_jax.paths import local_path, open_regular
-from tinyvgg_jax.system import cache_dir
 
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 Trained = tuple[Path, dict[str, Any]]

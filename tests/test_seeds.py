@@ -1,3 +1,4 @@
+import logging
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from tinyvgg_jax import InterruptedRunError, UserError, restore, train, train_and_evaluate
-from tinyvgg_jax.data import SPLITS, load_splits
+from tinyvgg_jax.data import SPLITS, Split, decode_splits, load_splits
 from tinyvgg_jax.errors import DivergedError
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import apply
@@ -25,6 +26,7 @@ from tinyvgg_jax.report.evaluation import (
     evaluate_each_seed,
     seeds_content,
 )
+from tinyvgg_jax.runs import run
 from tinyvgg_jax.runs.run import first_state
 from tinyvgg_jax.runs.seeds import statistics_of
 from tinyvgg_jax.step import to_float
@@ -256,6 +258,26 @@ def test_without_room_for_all_they_run_in_turn(
     monkeypatch.setattr(DevicePipeline, "epoch", epoch)
     config.num_seeds, config.num_epochs = 2, 1
     assert train_and_evaluate(config, tmp_path)["num_seeds"] == 2
+
+
+def test_all_share_splits_that_are_loaded_once_and_warned_of_once(
+    config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls = []
+
+    def count(*arguments: Any) -> dict[str, Split]:
+        calls.append(arguments)
+        return decode_splits(*arguments)
+
+    monkeypatch.setattr(run, "decode_splits", count)
+    config.num_seeds, config.num_epochs, config.data.train_split = 2, 1, "train"
+    with caplog.at_level(logging.WARNING, "tinyvgg_jax"):
+        train_and_evaluate(config, tmp_path)
+    assert len(calls) == 1
+    assert ["shares examples" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_all_are_evaluated_and_their_ensemble(

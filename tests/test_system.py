@@ -1,10 +1,16 @@
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from conftest import in_its_place
+from jax._src import compilation_cache
 
-from tinyvgg_jax.system import cache_dir, enable_compilation_cache
+from tinyvgg_jax import cache
+from tinyvgg_jax.system import enable_compilation_cache
 
 
 @pytest.fixture
@@ -12,20 +18,12 @@ def no_folder_set() -> Iterator[None]:
     """As in a fresh process, where JAX has not been told where to keep programs."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
+    programs = compilation_cache._cache
     jax.config.update("jax_compilation_cache_dir", None)
     yield
+    compilation_cache._cache = programs
     for name, value in before.items():
         jax.config.update(name, value)
-
-
-def test_the_folder_is_where_the_desktop_standard_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "tinyvgg_jax"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / ".cache" / "tinyvgg_jax"
 
 
 def test_programs_are_kept_in_it(
@@ -36,6 +34,44 @@ def test_programs_are_kept_in_it(
     folder = tmp_path / "tinyvgg_jax" / "compiled"
     assert jax.config.jax_compilation_cache_dir == str(folder)  # type: ignore[attr-defined]
     assert folder.is_dir()
+
+
+def flip(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:50] + bytes([raw[50] ^ 1]) + raw[51:])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        in_its_place(lambda path: path.mkdir()),
+        in_its_place(os.mkfifo),
+    ],
+    ids=["flipped", "half", "empty", "zeros", "folder", "fifo"],
+)
+@pytest.mark.usefixtures("no_folder_set")
+def test_a_damaged_program_is_compiled_again_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    enable_compilation_cache()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+    def program(values: jax.Array) -> jax.Array:
+        return jnp.sin(values) * 3
+
+    values = jnp.arange(5.0)
+    expected = np.asarray(jax.jit(program)(values))
+    (path,) = (tmp_path / "tinyvgg_jax" / "compiled").glob("jit_program-*")
+    damage(path)
+    for function in (lambda values: program(values), lambda values: program(values)):
+        function.__name__ = "program"
+        np.testing.assert_array_equal(jax.jit(function)(values), expected)
+        assert cache.find(f"compiled/{path.name}") == path
 
 
 def test_a_folder_that_the_user_chose_is_left_alone(

@@ -16,7 +16,8 @@ from conftest import ROOT, stored
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import TinyVGG, train
-from tinyvgg_jax.data import DatasetInfo, Split
+from tinyvgg_jax.config import validated
+from tinyvgg_jax.data import DatasetInfo, Split, splits
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.pipeline import CallResult, DevicePipeline
@@ -412,6 +413,60 @@ def test_a_folder_with_a_run_of_another_config_is_refused_and_untouched(
     with pytest.raises(UserError, match=r"another config \(seed: 5, not 0; model.hidden: 9, not 8"):
         train_and_evaluate(config, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch_size", 251, "batch_size is 251, more than the 250 examples"),
+        ("data.validation_split", "tset", "unknown split 'tset'"),
+        ("data.test_split", "test[:0]", "is empty"),
+        ("model.widths", (4,) * 5, "5 blocks, which need images of at least 32x32"),
+    ],
+)
+def test_a_wrong_config_is_found_before_any_image_is_decoded(
+    config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    value: Any,
+    message: str,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(splits, "_whole_split", lambda *_: pytest.fail("decoded"))
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("train_split", "validation_split", "shared"),
+    [
+        ("train[:250]", "train[250:]", []),
+        ("train", "train[250:]", ["80 with the validation split 'train[250:]'"]),
+        ("train[:90%]", "train[250:]", ["47 with the validation split 'train[250:]'"]),
+        (
+            "train+test",
+            "train[250:]",
+            ["80 with the validation split 'train[250:]'", "70 with the test split 'test'"],
+        ),
+    ],
+)
+def test_splits_that_share_examples_are_one_warning(
+    config: ConfigDict,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    train_split: str,
+    validation_split: str,
+    shared: list[str],
+) -> None:
+    config.data.train_split, config.data.validation_split = train_split, validation_split
+    run.make_run(validated(config), tmp_path)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == bool(shared)
+    for part in shared:
+        assert f"The train split {train_split!r} shares" in warnings[0] and part in warnings[0]
+        assert "\n" not in warnings[0]
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])

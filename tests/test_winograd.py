@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax import Array
 
+from tinyvgg_jax import cache
 from tinyvgg_jax.ops import winograd
 from tinyvgg_jax.ops.convolution import convolution_relu
 
@@ -77,13 +78,73 @@ def test_it_is_compiled_once_and_kept(forgetful: Path, monkeypatch: pytest.Monke
     winograd._load()
 
 
-def test_a_damaged_library_is_compiled_again(forgetful: Path) -> None:
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("library") / "winograd.so"
+    winograd._compile(winograd._compiler(), library)
+    return library
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch, compiled_once: Path) -> list[Path]:
+    """Compiles at once, and lists what was compiled."""
+    calls: list[Path] = []
+
+    def compile_again(_: str, library: Path) -> None:
+        calls.append(library)
+        shutil.copyfile(compiled_once, library)
+
+    monkeypatch.setattr(winograd, "_compile", compile_again)
+    return calls
+
+
+def half_zeros(raw: bytes) -> bytes:
+    return raw[: len(raw) // 2] + bytes(len(raw) - len(raw) // 2)
+
+
+# Each of the first three would end the process if it were loaded.
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:4096],
+        lambda raw: raw[: len(raw) // 2],
+        half_zeros,
+        lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
+        lambda _: b"not a library",
+        # Another library, whole, but not this one.
+        lambda raw: raw[:-32] + b"of another version",
+        None,
+    ],
+    ids=["cut", "half", "half zeros", "flipped", "text", "another", "folder"],
+)
+def test_a_damaged_library_is_compiled_again(
+    forgetful: Path, quick_compiler: list[Path], damage: Callable[[bytes], bytes] | None
+) -> None:
+    winograd._load()
+    (library,) = forgetful.iterdir()
+    raw = library.read_bytes()
+    library.unlink()  # It is loaded, and must not be written to.
+    library.mkdir() if damage is None else library.write_bytes(damage(raw))
+    assert isinstance(winograd._load(), ctypes.CDLL)
+    assert len(quick_compiler) == 2
+    assert library.read_bytes() == raw and list(forgetful.iterdir()) == [library]
+
+
+def test_a_damaged_library_that_cannot_be_replaced_is_compiled_elsewhere(
+    forgetful: Path, quick_compiler: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any) -> Path:
+        raise OSError("Read-only file system")
+
     winograd._load()
     (library,) = forgetful.iterdir()
     library.unlink()
-    library.write_bytes(b"not a library")
-    assert isinstance(winograd._load(), ctypes.CDLL)
-    assert library.stat().st_size > 1000
+    library.write_bytes(b"damaged")
+    monkeypatch.setattr(cache, "keep", read_only)
+    loaded = winograd._load()
+    assert all(hasattr(loaded, target) for target in winograd._TARGETS)
+    assert not loaded._name.startswith(str(forgetful))
+    assert library.read_bytes() == b"damaged"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(

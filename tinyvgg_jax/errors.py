@@ -27,3 +27,8 @@ class InterruptedRunError(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message; its class if there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The machine around a run: cache folder, compiled programs, memory, device, profiler."""
+"""The machine around a run: compiled programs, memory, device, profiler."""
 
 import collections
 import contextlib
@@ -14,42 +14,52 @@ from pathlib import Path
 import jax
 from jax import Array
 
+from tinyvgg_jax import cache
 from tinyvgg_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def cache_dir() -> Path | None:
-    """Finds the user's cache folder for this package, in `$XDG_CACHE_HOME` or `~/.cache`.
+class _VerifiedPrograms:
+    """Compiled programs in the user's cache, in the place of JAX's own cache.
 
-    It does not create the folder, and the user may not be allowed to. So whatever is kept there
-    must be optional.
-
-    Returns:
-        The folder, or None for a user without a home folder.
+    JAX relies on the checksum of zlib, and never replaces a damaged program. Where zstd is
+    installed, as in Python from 3.14 on, it uses that without any checksum: a flipped bit then ends
+    the process or gives wrong numbers.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        # The standard says to ignore a relative path, and an address like gs://... is one as well.
-        return (root if root.is_absolute() else Path.home() / ".cache") / "tinyvgg_jax"
-    except RuntimeError:
-        return None
+
+    def __init__(self, folder: Path):
+        self._path = folder  # JAX logs it.
+
+    def get(self, key: str) -> bytes | None:
+        return cache.read(f"{self._path.name}/{key}")
+
+    def put(self, key: str, value: bytes) -> None:
+        # Without a place to keep them, each process compiles for itself.
+        with contextlib.suppress(OSError):
+            cache.keep(f"{self._path.name}/{key}", lambda file: file.write(value))
 
 
 def enable_compilation_cache() -> None:
     """Makes JAX keep compiled programs for the next process, unless the user has set a folder."""
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
-    root = cache_dir()
+    root = cache.cache_dir()
     if root is None:
         return  # Each process compiles for itself then.
+    folder = root / "compiled"
     try:
-        (root / "compiled").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    jax.config.update("jax_compilation_cache_dir", os.fspath(root / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     # By default JAX does not keep a program that compiles within a second. A run has several.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # JAX has no public way to replace its cache. A version without this name uses its own.
+    with contextlib.suppress(ImportError):
+        from jax._src import compilation_cache
+
+        compilation_cache._cache = _VerifiedPrograms(folder)  # type: ignore[assignment]
 
 
 def require_device() -> None:

@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.data import fits_on_device
+from tinyvgg_jax.data import Split, fits_on_device
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
@@ -99,13 +99,15 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         # a batch are slow there.
         if _accelerated() and config.data.pipeline != "stream":
             try:
-                summaries = train_together(configs, command)
+                summaries = train_together(configs, command, run.splits)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 logger.warning("The device has no room for all seeds at once; one after another.")
         if summaries is None:
-            summaries = [train_together({path: one}, command)[0] for path, one in configs.items()]
+            summaries = [
+                train_together({path: one}, command, run.splits)[0] for path, one in configs.items()
+            ]
         summary = seeds.summarise(summaries)
         files.write_json(workdir / "summary.json", summary)
     return summary
@@ -121,12 +123,15 @@ def check_folder(run: Run) -> None:
     folder.refuse_fewer_epochs(run.workdir, run.config.num_epochs, run.steps_per_epoch)
 
 
-def train_together(configs: dict[Path, ConfigDict], command: Command) -> list[dict[str, Any]]:
+def train_together(
+    configs: dict[Path, ConfigDict], command: Command, splits: dict[str, Split] | None = None
+) -> list[dict[str, Any]]:
     """Trains runs that differ in their seeds only, in one program where their steps are the same.
 
     Args:
         configs: the config of each run by its folder; usually a single one.
         command: the call that trains them.
+        splits: the splits of all runs, if they have been loaded already.
 
     Returns:
         The summary of each run.
@@ -135,8 +140,8 @@ def train_together(configs: dict[Path, ConfigDict], command: Command) -> list[di
         runs: list[Run] = []
         for workdir, config in configs.items():
             folder.refuse_another_run(workdir, config)
-            loaded = (runs[0].splits, runs[0].info) if runs else None
-            run = make_run(config, workdir, loaded)
+            run = make_run(config, workdir, splits)
+            splits = run.splits
             locks.enter_context(folder.locked(workdir))
             check_folder(run)
             folder.describe(workdir, config, run.splits, run.info)

@@ -8,7 +8,14 @@ from tinyvgg_jax.data.batches import (
     padded_batches,
     stream,
 )
-from tinyvgg_jax.data.splits import DatasetInfo, Split, load_splits
+from tinyvgg_jax.data.dataset import (
+    Dataset,
+    DatasetInfo,
+    default_data_dir,
+    find_dataset,
+    is_prepared,
+)
+from tinyvgg_jax.data.splits import Split, decode_splits, load_splits
 
 # The splits of every run; the config specifies each in the field `data.NAME_split`.
 SPLITS = ("train", "validation", "test")
@@ -16,10 +23,15 @@ SPLITS = ("train", "validation", "test")
 __all__ = [
     "SPLITS",
     "Batch",
+    "Dataset",
     "DatasetInfo",
     "Split",
+    "decode_splits",
+    "default_data_dir",
     "epoch_order",
+    "find_dataset",
     "fits_on_device",
+    "is_prepared",
     "load_splits",
     "on_device",
     "padded_batches",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinyvgg_jax.data import idx
-from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def fetch_fashion_mnist(scratch: Path) -> Path:
             missing = [file for file in idx.FILE_NAMES if idx.find(folder, file) is None]
             if missing:
                 raise FileNotFoundError(f"no {missing[0]} there")
-            if not idx.is_fashion_mnist(folder):
+            if idx.unlike_fashion_mnist(folder):
                 raise ValueError("the files are not FashionMNIST's (SHA-256 of their content)")
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             failures.append(f"{name}: {_reason(error)}")
@@ -121,4 +121,4 @@ def _run(command: list[str], cwd: Path) -> None:
 
 def _reason(error: Exception) -> str:
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    return str(reason).splitlines()[0] if str(reason) else type(error).__name__
+    return first_line(reason) if isinstance(reason, Exception) else str(reason)

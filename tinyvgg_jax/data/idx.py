@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.paths import open_regular
 
 # SHA-256 of FashionMNIST's files, decompressed, because each distributor compresses them anew.
 FASHION_MNIST_SHA256 = {
@@ -36,7 +37,8 @@ def _read_bytes(path: Path) -> bytes:
         UserError: if it cannot be read or decompressed.
     """
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as file:
+            raw = file.read()
         return gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again.") from error
@@ -106,16 +108,19 @@ def read_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return splits
 
 
-def is_fashion_mnist(folder: Path) -> bool:
-    """Tells whether a folder holds FashionMNIST's four files, each with the expected content."""
-    for name, expected in FASHION_MNIST_SHA256.items():
-        path = find(folder, name)
-        if path is None:
-            return False
-        try:
-            content = _read_bytes(path)
-        except UserError:
-            return False
-        if hashlib.sha256(content).hexdigest() != expected:
-            return False
-    return True
+def unlike_fashion_mnist(folder: Path) -> list[str]:
+    """Lists the files in a folder whose content is not FashionMNIST's.
+
+    Args:
+        folder: a folder that `read_folder` can read.
+
+    Returns:
+        Some of `FILE_NAMES`; none if the folder holds FashionMNIST.
+    """
+    paths = {name: find(folder, name) for name in FILE_NAMES}
+    return [
+        name
+        for name, path in paths.items()
+        if path is None
+        or hashlib.sha256(_read_bytes(path)).hexdigest() != FASHION_MNIST_SHA256[name]
+    ]

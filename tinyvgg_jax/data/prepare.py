@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 NAME = "fashion_mnist"
 IMAGE_SHAPE = (28, 28, 1)
+# The version of tfds's own FashionMNIST.
+DATASET_VERSION = "3.0.1"
 CLASS_NAMES = (
     "T-shirt/top",
     "Trouser",
@@ -59,11 +61,15 @@ def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
     try:
         # The user's own files need not be FashionMNIST's, but fetched ones must be.
         folder = source_dir or fetch.fetch_fashion_mnist(scratch)
-        if source_dir and not idx.is_fashion_mnist(source_dir):
-            arrays = idx.read_folder(source_dir)
+        arrays = idx.read_folder(folder)
+        unlike = idx.unlike_fashion_mnist(folder)
+        if 0 < len(unlike) < len(idx.FILE_NAMES):
+            raise UserError(
+                f"{folder} is damaged: its {unlike[0]} is not FashionMNIST's, although others of "
+                "its files are. Fetch it again."
+            )
+        if unlike:
             logger.warning("The IDX files in %s are not FashionMNIST's; used as they are.", folder)
-        else:
-            arrays = idx.read_folder(folder)
         logger.info("Preparing %s in %s ...", NAME, data_dir)
         write_dataset(arrays, NAME, CLASS_NAMES, scratch, data_dir)
     except OSError as error:
@@ -118,7 +124,7 @@ def _builder(
     with tfds.core.registered.skip_registration():
 
         class Builder(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("3.0.1")
+            VERSION = tfds.core.Version(DATASET_VERSION)
 
             def _info(self) -> tfds.core.DatasetInfo:
                 features = {

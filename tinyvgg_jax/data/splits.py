@@ -1,30 +1,31 @@
-"""Splits of a tfds dataset as uint8 arrays, decoded once on each machine and then memory-mapped."""
+"""Splits of a dataset as uint8 arrays, decoded once on each machine and then memory-mapped."""
 
 import dataclasses
 import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
-from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.paths import local_path
-from tinyvgg_jax.system import cache_dir
+from tinyvgg_jax import cache
+from tinyvgg_jax.data.dataset import Dataset, DatasetInfo, Range, find_dataset
+from tinyvgg_jax.errors import first_line
 
 logger = logging.getLogger(__name__)
 
 # Examples that are read from the dataset's files at a time.
 _DECODE_BATCH = 1000
-_PREPARE_HINT = (
-    "Prepare it for data sources, as in "
-    "`tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare()`, "
-    "and pass --config.data.data_dir=DIR"
-)
+# A small dataset is decoded before anyone wonders, and then no bar is shown.
+_BAR_AFTER_SECONDS = 2.0
+# Without a terminal, a log file gets a line this often.
+_LINE_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,227 +44,182 @@ class Split:
         return len(self.labels)
 
 
-@dataclasses.dataclass(frozen=True)
-class DatasetInfo:
-    """Properties of a dataset that a model needs.
-
-    Attributes:
-        image_shape: `(H, W, C)` of the images.
-        class_names: names of the classes, in the order of their labels.
-    """
-
-    image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-
-
 def load_splits(
     name: str, splits: dict[str, str], data_dir: str | None = None, source_dir: str | None = None
 ) -> tuple[dict[str, Split], DatasetInfo]:
     """Loads splits of a dataset; prepares FashionMNIST first if it is not prepared yet.
 
     Args:
-        name: name of the tfds dataset: "fashion_mnist", or one prepared as array_record.
+        name: as in `find_dataset`.
         splits: tfds split specifications by name, like `{"validation": "train[55000:]"}`.
-        data_dir: tfds's folder of datasets; None for its default, `~/tensorflow_datasets`.
-        source_dir: a folder with IDX files to prepare FashionMNIST from; None fetches them.
+        data_dir: as in `find_dataset`.
+        source_dir: as in `find_dataset`.
 
     Returns:
         The splits by the same names, and the properties of the dataset.
 
     Raises:
-        UserError: if the dataset is unknown or unreadable, or does not consist of images with one
-            class each; if a split does not exist or is empty.
+        UserError: as `find_dataset` and `decode_splits`.
     """
-    import tensorflow_datasets as tfds
-
-    try:
-        # apt-get is started in another current folder, where a relative path would be wrong.
-        folder = local_path(data_dir or tfds.core.constants.DATA_DIR).absolute()
-    except UserError:
-        if data_dir:
-            raise
-        raise UserError(
-            "this user has no home folder to keep datasets in; pass --config.data.data_dir=FOLDER."
-        ) from None
-    builder = _find_builder(name, folder, local_path(source_dir).absolute() if source_dir else None)
-    info = _describe(builder)
-    decoded: dict[str, Split] = {}
-    loaded = {}
-    for key, specification in splits.items():
-        parts = _absolute_parts(builder, specification)
-        for part in parts:
-            if part.splitname not in decoded:
-                decoded[part.splitname] = _decoded(builder, part.splitname, info)
-        slices = [_slice(decoded[part.splitname], part.from_, part.to) for part in parts]
-        loaded[key] = slices[0] if len(slices) == 1 else _concatenate(slices)
-        if not len(loaded[key]):
-            raise UserError(f"the split {specification!r} of {name} is empty.")
-    return loaded, info
+    dataset = find_dataset(name, data_dir, source_dir)
+    return decode_splits(dataset, splits), dataset.info
 
 
-def _find_builder(name: str, data_dir: Path, source_dir: Path | None) -> Any:
-    """Returns a builder of the prepared dataset, after preparing FashionMNIST if necessary."""
-    from tinyvgg_jax.data import prepare
+def decode_splits(dataset: Dataset, splits: dict[str, str]) -> dict[str, Split]:
+    """Decodes splits of a dataset, or takes them from the user's cache.
 
-    builder = _read_only_builder(name, data_dir)
-    if builder is None:
-        if name != prepare.NAME:
-            raise UserError(
-                f"there is no prepared dataset {name!r} in {data_dir}. {_PREPARE_HINT}."
-            )
-        prepare.prepare_fashion_mnist(data_dir, source_dir)
-        builder = _read_only_builder(name, data_dir)
-        if builder is None:
-            raise UserError(
-                f"{data_dir / name} is in the way: it is not a prepared dataset. Remove it, "
-                "or pass another folder as --config.data.data_dir."
-            )
-    if builder.info.file_format is None or builder.info.file_format.value != "array_record":
-        kind = builder.info.file_format and builder.info.file_format.value
-        raise UserError(
-            f"{builder.data_path} was prepared as {kind}, which only TensorFlow reads. It was left "
-            "as it is; pass another folder as --config.data.data_dir"
-            + (" and it is prepared there." if name == prepare.NAME else f". {_PREPARE_HINT}.")
-        )
-    return builder
+    Args:
+        dataset: the dataset.
+        splits: tfds split specifications by name, like `{"validation": "train[55000:]"}`.
+
+    Returns:
+        The splits by the same names.
+
+    Raises:
+        UserError: if a split does not exist or is empty, or if the dataset is damaged.
+    """
+    ranges = {key: dataset.ranges(specification) for key, specification in splits.items()}
+    wanted = {part.split for parts in ranges.values() for part in parts}
+    whole = {split: _whole_split(dataset, split) for split in sorted(wanted)}
+    return {
+        key: _join([_slice(whole[part.split], part) for part in parts])
+        for key, parts in ranges.items()
+    }
 
 
-def _read_only_builder(name: str, data_dir: Path) -> Any:
-    """Returns a builder that reads what is prepared in `data_dir`; None if nothing is."""
-    from tensorflow_datasets.core import read_only_builder, registered
-
-    try:
-        return read_only_builder.builder_from_files(name, data_dir=os.fspath(data_dir))
-    except (registered.DatasetNotFoundError, FileNotFoundError):
-        return None
-    except Exception as error:
-        # tfds raises errors of many classes for damaged metadata and for ill-formed names.
-        raise UserError(f"the dataset {name!r} in {data_dir} cannot be read: {error}") from error
+def _slice(split: Split, part: Range) -> Split:
+    return Split(split.images[part.start : part.stop], split.labels[part.start : part.stop])
 
 
-def _describe(builder: Any) -> DatasetInfo:
-    """Reads the properties of a dataset, and checks that it has uint8 images of one size."""
-    features = builder.info.features
-    try:
-        image, label = features["image"], features["label"]
-        names = tuple(label.names)
-        shape = tuple(image.shape)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{builder.name} is not a set of images with one class each: "
-            "it needs the features `image` and `label`."
-        ) from error
-    if len(shape) != 3 or None in shape or image.np_dtype != np.uint8:
-        raise UserError(
-            f"the images of {builder.name} are {image.np_dtype} of shape {shape}; "
-            "uint8 [H, W, C] of one size are needed."
-        )
-    return DatasetInfo(image_shape=shape, class_names=names)
-
-
-def _absolute_parts(builder: Any, specification: str) -> list[Any]:
-    """Parses a split specification, like `train[:90%]+test`, to ranges of the dataset's splits."""
-    import tensorflow_datasets as tfds
-
-    sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
-    try:
-        instruction = tfds.core.ReadInstruction.from_spec(specification)
-        return instruction.to_absolute(builder.info.splits)
-    except Exception as error:
-        known = ", ".join(f"{name} ({size:,})" for name, size in sizes.items())
-        raise UserError(
-            f"unknown split {specification!r} of {builder.name}: it has {known}, "
-            "and slices like train[:90%]."
-        ) from error
-
-
-def _slice(split: Split, start: int | None, stop: int | None) -> Split:
-    return Split(split.images[start:stop], split.labels[start:stop])
-
-
-def _concatenate(splits: list[Split]) -> Split:
+def _join(splits: list[Split]) -> Split:
+    if len(splits) == 1:  # It stays memory-mapped.
+        return splits[0]
     return Split(
         np.concatenate([split.images for split in splits]),
         np.concatenate([split.labels for split in splits]),
     )
 
 
-def _decoded(builder: Any, split: str, info: DatasetInfo) -> Split:
-    """Returns a whole split of the dataset, from the cache if it is there; else it is put there."""
-    root = cache_dir()
-    folder = root and root / "decoded" / f"{builder.name}-{split}-{_fingerprint(builder)}"
-    shape = (builder.info.splits[split].num_examples, *info.image_shape)
-    stored = None if folder is None else _load(folder, shape)
-    if stored is not None:
-        return stored
+def _whole_split(dataset: Dataset, split: str) -> Split:
+    """Returns one of the dataset's own splits, from the cache if it is there; else it is put there.
+
+    Raises:
+        UserError: if the dataset cannot be decoded, or what is decoded is not what it promises.
+    """
+    name = f"decoded/{dataset.name}-{split}-{_fingerprint(dataset)}"
+    kept = cache.find(name)
+    result = _decode(dataset, split) if kept is None else _map(kept)
+    _check(dataset, split, result)
+    if kept is not None:
+        return result
     try:
-        images, labels = _decode(builder, split, info)
-    except Exception as error:
-        # The readers of array_record, of its examples and of PNG each raise their own exceptions.
-        raise UserError(
-            f"{builder.data_path} is damaged ({str(error).strip()}). Remove it and run again."
-        ) from error
-    if folder is None:
-        return Split(images, labels)
-    try:
-        _store(folder, images, labels)
+        # The memory-mapped file takes the place of the arrays, whose memory is then free.
+        return _map(cache.keep(name, lambda file: _write(file, result)))
     except OSError as error:
         logger.warning("The decoded images are not kept for the next start: %s", error)
-        return Split(images, labels)
-    # The memory-mapped file takes the place of the array, whose memory is then free.
-    return _load(folder, shape) or Split(images, labels)
+        return result
 
 
-def _load(folder: Path, shape: tuple[int, ...]) -> Split | None:
-    """Loads what `_store` wrote, images memory-mapped; None if it is missing or not whole."""
-    try:
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        labels = np.load(folder / "labels.npy")
-    except (OSError, ValueError, EOFError):
-        return None
-    whole = images.shape == shape and labels.shape == shape[:1]
-    return Split(images, labels) if whole else None
-
-
-def _fingerprint(builder: Any) -> str:
-    """Hashes the names, sizes and times of the dataset's files.
+def _fingerprint(dataset: Dataset) -> str:
+    """Hashes the path of the dataset, and the names, sizes and times of its files.
 
     It changes when the dataset is prepared anew, so that the old cache is not used for it.
     """
-    files = sorted(Path(builder.data_path).iterdir())
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    content = json.dumps([os.path.realpath(builder.data_path), stats])
+    stats = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(dataset.folder.iterdir())
+    ]
+    content = json.dumps([os.path.realpath(dataset.folder), stats])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _decode(builder: Any, split: str, info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes all examples of a split: images `[N, H, W, C]` uint8 and labels `[N]` int32."""
-    source = builder.as_data_source(split=split)
-    logger.info("Decoding %s's %s split, once on this machine ...", builder.name, split)
-    images = np.empty((len(source), *info.image_shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
-    for start in range(0, len(source), _DECODE_BATCH):
-        indices = range(start, min(start + _DECODE_BATCH, len(source)))
-        for i, example in zip(indices, source.__getitems__(list(indices)), strict=True):
-            images[i], labels[i] = example["image"], example["label"]
-    return images, labels
+def _write(file: BinaryIO, split: Split) -> None:
+    """Writes the images and then the labels into one file, each in NumPy's format."""
+    np.save(file, split.images)
+    np.save(file, split.labels)
 
 
-def _store(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes the arrays in one step, so that another process sees either both or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+def _map(path: Path) -> Split:
+    """Reads what `_write` wrote; the images are memory-mapped."""
+    images = np.load(path, mmap_mode="r")
+    with path.open("rb") as file:
+        file.seek(images.offset + images.nbytes)
+        return Split(images, np.load(file))
+
+
+def _check(dataset: Dataset, split: str, decoded: Split) -> None:
+    """Checks the number and shape of decoded images, and that each label has a class.
+
+    Raises:
+        UserError: if they are not what the dataset's metadata promises.
+    """
+    shape = (dataset.sizes[split], *dataset.info.image_shape)
+    if decoded.images.shape != shape:
+        raise dataset.damaged(
+            f"its split {split!r} is said to be {list(shape)}, and is {list(decoded.images.shape)}"
+        )
+    lowest, highest = decoded.labels.min(), decoded.labels.max()
+    classes = len(dataset.info.class_names)
+    if lowest < 0 or highest >= classes:
+        raise dataset.damaged(
+            f"labels of its split {split!r} are {lowest} to {highest}, its {classes} classes are "
+            f"0 to {classes - 1}"
+        )
+
+
+def _decode(dataset: Dataset, split: str) -> Split:
+    """Decodes all examples of one of the dataset's own splits."""
+    logger.info("Decoding %s's %s split, once on this machine ...", dataset.name, split)
     try:
-        if folder.is_dir():  # `_load` has found that it is not whole.
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            folder.unlink(missing_ok=True)
-        np.save(scratch / "images.npy", images)
-        np.save(scratch / "labels.npy", labels)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        source = _source(dataset, split)
+        images = np.empty((len(source), *dataset.info.image_shape), np.uint8)
+        labels = np.empty(len(source), np.int32)
+        for indices in _batches(len(source), f"decoding {split}"):
+            for i, example in zip(indices, source.__getitems__(list(indices)), strict=True):
+                images[i], labels[i] = example["image"], example["label"]
+    except Exception as error:
+        # The readers of array_record, of its examples and of PNG each raise their own exceptions.
+        raise dataset.damaged(f"its split {split!r}: {first_line(error)}") from error
+    return Split(images, labels)
+
+
+def _source(dataset: Dataset, split: str) -> Any:
+    """Opens a split's files, after a check that they hold as many examples as the metadata says."""
+    source = dataset.builder.as_data_source(split=split)
+    files = [os.fspath(path) for path in dataset.builder.info.splits[split].filepaths]
+    # tfds relies on the metadata alone. A list of paths makes its reader count the records.
+    stored = len(type(source.data_source)(files))
+    if stored != len(source):
+        raise ValueError(f"its files hold {stored:,} examples, not {len(source):,}")
+    return source
+
+
+def _batches(size: int, title: str) -> Iterator[range]:
+    """Yields the indices of all examples, some at a time, and shows on standard error how many.
+
+    There is a bar on a terminal, and a line a minute elsewhere.
+    """
+    start = last_line = time.monotonic()
+    on_terminal = sys.stderr.isatty()
+    with tqdm(
+        desc=title,
+        total=size,
+        unit=" images",
+        unit_scale=True,
+        delay=_BAR_AFTER_SECONDS,
+        disable=not on_terminal,
+        leave=False,
+    ) as bar:
+        for first in range(0, size, _DECODE_BATCH):
+            indices = range(first, min(first + _DECODE_BATCH, size))
+            yield indices
+            bar.update(len(indices))
+            now = time.monotonic()
+            if not on_terminal and now - last_line >= _LINE_SECONDS:
+                last_line = now
+                left = (now - start) * (size - indices.stop) / indices.stop
+                print(
+                    f"{title}: {indices.stop:,}/{size:,} images, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )

@@ -5,6 +5,7 @@ warning, `available` returns False and the caller uses XLA's own operations. Set
 `TINYVGG_JAX_NATIVE=0` in the environment turns them off.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tinyvgg_jax.system import cache_dir
+from tinyvgg_jax import cache
 
 logger = logging.getLogger(__name__)
 
@@ -150,28 +151,20 @@ def available() -> bool:
 
 
 def _load() -> ctypes.CDLL:
-    """Loads the shared library from the cache folder, or compiles it and stores it there."""
+    """Loads the shared library from the cache folder, or compiles it and keeps it there."""
     compiler = _compiler()
-    name = f"{hashlib.sha256(repr(_identity(compiler)).encode()).hexdigest()[:16]}.so"
-    root = cache_dir()
-    kept = None if root is None else root / "native" / name
-    if kept is not None and kept.exists():
-        try:
+    name = f"native/{hashlib.sha256(repr(_identity(compiler)).encode()).hexdigest()[:16]}.so"
+    kept = cache.find(name)
+    if kept is not None:
+        # It may be intact and not load, from a folder where nothing may be executed.
+        with contextlib.suppress(OSError):
             return ctypes.CDLL(os.fspath(kept))
-        except OSError:  # The stored file is damaged, so compile it again.
-            kept.unlink()
     with tempfile.TemporaryDirectory() as scratch:
-        library = Path(scratch) / name
+        library = Path(scratch) / Path(name).name
         _compile(compiler, library)
         loaded = ctypes.CDLL(os.fspath(library))
-        if kept is None:
-            return loaded
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            # Another process may load the library now, so it appears whole or not at all.
-            partial = kept.with_suffix(f".{os.getpid()}")
-            shutil.copyfile(library, partial)
-            partial.replace(kept)
+            cache.keep(name, lambda file: file.write(library.read_bytes()))
         except OSError as error:
             logger.info("The compiled convolutions are not kept for the next start: %s", error)
     return loaded

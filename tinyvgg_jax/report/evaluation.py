@@ -1,6 +1,7 @@
 """Evaluation of a run's checkpoints, and its JSON file `evaluation/SPLIT.json`."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.data import SPLITS, DatasetInfo, Split, load_splits
+from tinyvgg_jax.data import (
+    SPLITS,
+    DatasetInfo,
+    Split,
+    default_data_dir,
+    is_prepared,
+    load_splits,
+)
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
@@ -21,13 +29,17 @@ from tinyvgg_jax.runs.files import subfolder, write_json
 from tinyvgg_jax.runs.folder import read_config, read_dataset
 from tinyvgg_jax.runs.restore import restore_checkpoint, single_run_config
 
+logger = logging.getLogger(__name__)
+
 
 class DataFolders(NamedTuple):
     """Folders of the data on this machine, which replace those of a run's config.
 
     Attributes:
-        data_dir: tfds's folder of datasets; None for the config's.
-        source_dir: folder of IDX files to prepare the dataset from; None for the config's.
+        data_dir: tfds's folder of datasets; None for the config's, if the dataset is prepared
+            there, and otherwise tfds's own.
+        source_dir: folder of IDX files to prepare the dataset from; None for the config's, if its
+            `data_dir` is used too.
     """
 
     data_dir: str | None = None
@@ -104,12 +116,8 @@ def load_run_splits(
     Raises:
         UserError: as `load_splits`.
     """
-    return load_splits(
-        config.data.name,
-        {split: config.data[f"{split}_split"] for split in splits},
-        folders.data_dir or config.data.data_dir,
-        folders.source_dir or config.data.source_dir,
-    )
+    wanted = {split: config.data[f"{split}_split"] for split in splits}
+    return load_splits(config.data.name, wanted, *_folders_here(config, folders))
 
 
 def evaluate_checkpoint(
@@ -164,6 +172,24 @@ def evaluate_checkpoint(
         flipped,
         folders,
     )
+
+
+def _folders_here(config: ConfigDict, given: DataFolders) -> DataFolders:
+    """Chooses the folders of a run's data: those that are given, else its config's if they serve.
+
+    A run's folder may come from another machine or a stranger. So nothing is prepared in a folder
+    that only its config names, nor is anything prepared elsewhere from its source.
+    """
+    data_dir, source_dir = config.data.data_dir, config.data.source_dir
+    if given.data_dir is None and data_dir and not is_prepared(config.data.name, data_dir):
+        data_dir, source_dir = default_data_dir(), None
+        logger.warning(
+            "%s, which the run's config names, holds no %s that can be read here; %s is used.",
+            config.data.data_dir,
+            config.data.name,
+            data_dir,
+        )
+    return DataFolders(given.data_dir or data_dir, given.source_dir or source_dir)
 
 
 def evaluation_content(evaluated: CheckpointEvaluation) -> dict[str, Any]:
@@ -248,6 +274,7 @@ def evaluate_each_seed(
     """
     workdir = local_path(workdir)
     config = read_config(workdir)
+    folders = _folders_here(config, folders)
     evaluated = [
         evaluate_checkpoint(folder, split, step, folders, flip_averaging, title)
         for folder, title in zip(seeds.folders(workdir, config), seeds.titles(config), strict=True)

@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
-from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.errors import UserError, first_line
 from tinyvgg_jax.paths import open_regular
 from tinyvgg_jax.runs.files import digest_json, writing_to
 from tinyvgg_jax.runs.folder import distinct_sizes
@@ -124,7 +124,7 @@ class Checkpoints:
         except Exception as error:
             # Orbax passes on any exception of its JSON parser and of the file system.
             raise UserError(
-                f"cannot open the checkpoints in {folder}: {_first_line(error)}"
+                f"cannot open the checkpoints in {folder}: {first_line(error)}"
             ) from error
 
     def _open(self, resources: contextlib.ExitStack) -> None:
@@ -403,7 +403,7 @@ class Checkpoints:
 
     def _reason(self, error: BaseException) -> str:
         """Shortens an error to one line, with the folder's own path instead of Orbax's."""
-        return _first_line(error).replace(str(self._orbax_folder), str(self._folder))
+        return first_line(error).replace(str(self._orbax_folder), str(self._folder))
 
 
 def _round_trip(wanted: dict[str, Any]) -> None:
@@ -504,7 +504,3 @@ def _without_advice() -> Iterator[None]:
         yield
     finally:
         library.setLevel(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

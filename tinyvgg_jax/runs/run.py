@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,14 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from tinyvgg_jax.augment import augment
-from tinyvgg_jax.data import SPLITS, DatasetInfo, Split, load_splits
+from tinyvgg_jax.data import (
+    SPLITS,
+    Dataset,
+    DatasetInfo,
+    Split,
+    decode_splits,
+    find_dataset,
+)
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import TinyVGG
@@ -29,6 +37,8 @@ from tinyvgg_jax.step import (
     pack,
     unpack,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Work(NamedTuple):
@@ -116,15 +126,13 @@ class Run:
         return init_state(self.model, self.optimizer, key, self.info.image_shape, average)
 
 
-def make_run(
-    config: ConfigDict, workdir: Path, loaded: tuple[dict[str, Split], DatasetInfo] | None = None
-) -> Run:
+def make_run(config: ConfigDict, workdir: Path, splits: dict[str, Split] | None = None) -> Run:
     """Makes the parts of a run from its config.
 
     Args:
         config: a validated config.
         workdir: the run's folder; it is neither read nor written here.
-        loaded: the splits and the dataset's info, if another run has loaded them already.
+        splits: the splits, if a run of another seed has loaded them already.
 
     Returns:
         The run.
@@ -133,9 +141,8 @@ def make_run(
         UserError: if the data cannot be loaded, or the config does not fit them.
     """
     data = config.data
-    wanted = {name: data[f"{name}_split"] for name in SPLITS}
-    splits, info = loaded or load_splits(data.name, wanted, data.data_dir, data.source_dir)
-    size = len(splits["train"])
+    dataset = find_dataset(data.name, data.data_dir, data.source_dir)
+    size = dataset.num_examples(data.train_split)
     if config.batch_size > size:
         raise UserError(
             f"config.batch_size is {config.batch_size:,}, more than the {size:,} examples of "
@@ -157,8 +164,31 @@ def make_run(
         weight_decay=config.weight_decay,
         gradient_clipping=config.gradient_clipping,
     )
-    model = build_model(config, info).clone(native=True)
-    return Run(config, workdir, splits, info, model, schedule, optimizer)
+    model = build_model(config, dataset.info).clone(native=True)
+    # Decoding may take a while, so it comes after everything that may be wrong with the config.
+    if splits is None:
+        wanted = {name: data[f"{name}_split"] for name in SPLITS}
+        _warn_of_shared_examples(dataset, wanted)
+        splits = decode_splits(dataset, wanted)
+    return Run(config, workdir, splits, dataset.info, model, schedule, optimizer)
+
+
+def _warn_of_shared_examples(dataset: Dataset, wanted: dict[str, str]) -> None:
+    """Warns, in one line, if a network is to be evaluated on examples that it is trained on."""
+    train, *others = SPLITS
+    shared = {name: dataset.num_shared(wanted[train], wanted[name]) for name in others}
+    found = [
+        f"{count:,} with the {name} split {wanted[name]!r}"
+        for name, count in shared.items()
+        if count
+    ]
+    if found:
+        logger.warning(
+            "The train split %r shares examples with another: %s. An accuracy on them does not say "
+            "how well the network does on new images.",
+            wanted[train],
+            " and ".join(found),
+        )
 
 
 @dataclasses.dataclass
