@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # More than 1 trains runs with this seed, the next, and so on, all at once where that is faster.
     config.num_seeds = 1
+    # More epochs go on with a run in its folder where the schedule is "exponential"; the others
+    # spread their fall over all epochs.
     config.num_epochs = 10
     config.batch_size = 32
     config.learning_rate = 0.01

@@ -117,6 +117,14 @@ def trained(
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A `worlds.World`, whose users put it back first, by `world.reset()`."""
+    from worlds import World
+
+    return World(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="session")
 def real_data() -> tuple[dict[str, Split], DatasetInfo]:
     """FashionMNIST, whole."""
     import tensorflow_datasets as tfds

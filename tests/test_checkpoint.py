@@ -115,7 +115,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with (
         Checkpoints(tmp_path / "c") as checkpoints,
-        pytest.raises(UserError, match=r"cannot save a checkpoint .* MB needed"),
+        pytest.raises(UserError, match=r"cannot save a checkpoint .*: 1\.0 kB free, .* kB needed"),
     ):
         checkpoints.save(2, params(2), opt_state(2), {}, 0.5)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]

@@ -81,6 +81,17 @@ def test_what_is_wrong_is_named(config: ConfigDict, field: str, value: Any, mess
         config_lib.validated(content)
 
 
+def test_a_field_that_is_wrong_in_a_file_is_named_with_the_file(
+    config: ConfigDict, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, config.to_dict() | {"batch_size": 0})
+    with pytest.raises(
+        UserError, match=rf"{path} is not valid: config.batch_size must be at least 1"
+    ):
+        read_config(tmp_path)
+
+
 def test_a_missing_field_is_named(config: ConfigDict) -> None:
     content = config.to_dict()
     del content["model"]["hidden"]

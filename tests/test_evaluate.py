@@ -61,6 +61,32 @@ def test_metrics_are_exact_whatever_the_batch_size(
     assert result.mean_loss == pytest.approx(losses.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("way", ["_evaluate_streamed", "_evaluate_on_device"])
+def test_progress_is_told_up_to_the_last_example_and_changes_nothing(
+    network: tuple[TinyVGG, Any, Split], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_evaluate_streamed", getattr(evaluation, way))
+    told: list[int] = []
+    result = evaluate(*network, 5, told.append)
+    assert told == ([10, 15, 20, 25, 30, 35, 40, 53] if way == "_evaluate_streamed" else [53])
+    np.testing.assert_array_equal(result.logits, evaluate(*network, 5).logits)
+
+
+def test_the_loss_of_guessing_is_the_entropy_of_the_classes(
+    network: tuple[TinyVGG, Any, Split],
+) -> None:
+    model, params, split = network
+    # Logits that ignore the image and are the log frequencies of the classes; the last has none.
+    counts = np.bincount(split.labels, minlength=4)
+    with np.errstate(divide="ignore"):
+        bias = np.maximum(np.log(counts / len(split)), -100)
+    guessing = jax.tree.map(jnp.zeros_like, params)
+    guessing["logits"]["bias"] = jnp.asarray(bias, jnp.float32)
+    result = evaluate(model, guessing, split)
+    assert result.guessing_loss == pytest.approx(result.mean_loss, rel=1e-5)
+    assert result.guessing_loss < np.log(3)
+
+
 def test_evaluating_again_compiles_nothing(network: tuple[TinyVGG, Any, Split]) -> None:
     from tinyvgg_jax.evaluate import _evaluate_batch
 

@@ -1,3 +1,5 @@
+import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from PIL import Image
 
 from tinyvgg_jax import Predictor, UserError, load_predictor
 from tinyvgg_jax.model import TinyVGG
-from tinyvgg_jax.report.explain import explain, explain_file, grad_cam
+from tinyvgg_jax.report.explain import Explanation, draw, explain, explain_file, grad_cam
 
 Trained = tuple[Path, dict[str, Any]]
 
@@ -50,6 +52,34 @@ def test_the_network_looks_at_the_bar(trained: Trained, data_dir: Path) -> None:
     assert seen.probabilities.argmax() == 2
 
 
+def test_an_explanation_replaces_only_that_of_the_same_image(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run, ignore=shutil.ignore_patterns("explain"))
+    pixels = np.full((50, 40), 250, np.uint8)
+    pixels[20:30, 5:35] = 10
+    bars = pixels.copy()
+    bars[5:10, 5:35] = 10
+    for folder, suffix, image in (
+        ("a", "png", pixels),
+        ("b", "png", pixels.T),
+        ("b", "bmp", bars),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / folder / f"shirt.{suffix}")
+    names = ("a/shirt.png", "b/shirt.png", "a/shirt.png", "b/shirt.bmp", "b/shirt.png")
+    written = [explain_file(run, tmp_path / name) for name in names]
+    expected = ["shirt.png", "shirt-2.png", "shirt.png", "shirt-3.png", "shirt-2.png"]
+    assert written == [run / "explain" / name for name in expected]
+    # What is no explanation stays, too.
+    (run / "explain/shirt.png").write_text("mine")
+    (run / "explain/shirt-2.png").unlink()
+    (run / "explain/shirt-2.png").mkdir()
+    assert explain_file(run, tmp_path / "a/shirt.png") == run / "explain/shirt-4.png"
+    assert (run / "explain/shirt.png").read_text() == "mine"
+
+
 def test_a_picture_is_written(trained: Trained, tmp_path: Path) -> None:
     pixels = np.full((50, 40), 250, np.uint8)
     pixels[20:30, 5:35] = 10
@@ -64,3 +94,15 @@ def test_a_picture_is_written(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         explain_file(trained[0], tmp_path / "dark bar.png", tmp_path / "file" / "seen.png")
+
+
+@pytest.mark.parametrize("names", [("only",), (60 * "x", "\N{DRESS} $x$")])
+def test_any_names_of_classes_can_be_drawn(names: tuple[str, ...]) -> None:
+    probabilities = np.linspace(0.6, 0.4, len(names), dtype=np.float32)
+    image, maps = np.zeros((8, 8, 1), np.uint8), [np.ones((4, 4, 3), np.float32)]
+    figure = draw(Explanation(image, probabilities, maps, np.ones((4, 4), np.float32)), names)
+    # A glyph that Matplotlib lacks is a warning, which fails the test.
+    figure.savefig(io.BytesIO(), format="png", dpi=30)
+    bars = figure.subfigs[0].axes[2]
+    assert all(len(label.get_text()) <= 20 for label in bars.get_yticklabels())
+    assert len(bars.patches) == len(names)

@@ -1,16 +1,20 @@
 """The command line, in processes of its own."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, stored
+
+import tinyvgg_jax
 
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -76,6 +80,24 @@ def test_prepare_says_what_there_is(small: list[str], command_line: CommandLine)
 def test_help_is_short_and_no_error(command_line: CommandLine) -> None:
     result = command_line("--help")
     assert result.returncode == 0 and "--mode eval" in result.stdout
+
+
+def test_versions_are_a_short_block(tmp_path: Path) -> None:
+    """Of the installed libraries, which need not be imported for that, nor be intact."""
+    code = (
+        "import sys; sys.modules['jax'] = sys.modules['numpy'] = None;"
+        "from tinyvgg_jax import main; sys.exit(main.main(['main.py', '--version', 'x']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["tinyvgg_jax", tinyvgg_jax.__version__]
+    assert lines[1] == ["Python", platform.python_version()]
+    assert {tuple(line) for line in lines[2:]} >= {
+        (name, metadata.version(name)) for name in ("jax", "flax", "optax", "orbax-checkpoint")
+    }
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
+from tinyvgg_jax.optimizer import SCHEDULES, learning_rate_schedule, make_optimizer
 
 
 def test_the_rate_changes_at_the_borders_of_epochs_and_only_there() -> None:
@@ -50,6 +50,21 @@ def test_the_warm_up_is_a_straight_line_to_the_highest_rate(kind: str) -> None:
         assert float(schedule(25)) == pytest.approx(0.05)
     else:
         assert float(schedule(40)) == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("warmup_epochs", [0.0, 0.5])
+def test_a_schedule_tells_the_truth_about_the_number_of_epochs(
+    kind: str, warmup_epochs: float
+) -> None:
+    short, long = (
+        learning_rate_schedule(
+            0.2, 0.5, 10, kind=kind, num_epochs=num_epochs, warmup_epochs=warmup_epochs
+        )
+        for num_epochs in (2, 4)
+    )
+    differs = any(float(short(step)) != float(long(step)) for step in range(20))
+    assert differs == SCHEDULES[kind].depends_on_num_epochs
 
 
 def one_update(optimizer: optax.GradientTransformation, params: Any, gradients: Any) -> Any:

@@ -1,14 +1,20 @@
+import contextlib
 import itertools
 import os
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import make_pictures
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import EpsImagePlugin, Image, ImageFilter
 
-from tinyvgg_jax import UserError
-from tinyvgg_jax.pictures import find_files, load_picture, normalise, suffixes
+from tinyvgg_jax import UserError, pictures
+from tinyvgg_jax.pictures import find_files, load_picture, normalise, quiet_pillow, suffixes
 
 FOLDER = Path(__file__).parent / "pictures"
 SHAPE = (28, 28, 1)
@@ -294,12 +300,12 @@ def test_folders_are_searched_for_pictures(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt", "sub folder/c.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [str(p.relative_to(tmp_path)) for p in find_files(tmp_path)] == [
+    assert [str(p.relative_to(tmp_path)) for p in find_files(tmp_path)[0]] == [
         "a.jpg",
         "b.PNG",
         "sub folder/c.webp",
     ]
-    assert find_files(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+    assert find_files(tmp_path / "notes.txt") == ([tmp_path / "notes.txt"], [])
 
 
 def test_a_picture_of_any_format_that_pillow_reads_is_found(tmp_path: Path) -> None:
@@ -319,7 +325,7 @@ def test_a_picture_of_any_format_that_pillow_reads_is_found(tmp_path: Path) -> N
     written = list(itertools.chain(*kinds))
     for suffix in written:
         image.save(tmp_path / f"picture{suffix}")
-    found = find_files(tmp_path)
+    found, _ = find_files(tmp_path)
     assert sorted(path.suffix for path in found) == sorted(written)
     for path in found:
         assert load_picture(path, SHAPE).pixels.max() > 200, path.name
@@ -343,7 +349,7 @@ def test_how_many_files_are_no_pictures_is_logged_in_a_line_a_folder(
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).touch()
     (folder / "link.txt").symlink_to(tmp_path)
-    assert [path.name for path in find_files(folder)] == ["a.png", "e.png"]
+    assert [path.name for path in find_files(folder)[0]] == ["a.png", "e.png"]
     said = "3 files are no pictures and were skipped (.heic, Makefile)."
     assert caplog.messages == [f"tinyvgg_jax: {tmp_path}/two lines: {said}"]
     caplog.clear()
@@ -394,20 +400,199 @@ def test_what_would_eat_the_memory_is_refused_unread(side: int, tmp_path: Path) 
         load_picture(tmp_path / "huge.png", SHAPE)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_without_permission_is_said(tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0)
-    with pytest.raises(UserError, match="permission denied"):
-        find_files(closed)
+def test_a_fifo_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    os.mkfifo(path)
+    assert find_files(path) == ([path], [])
+    assert find_files(tmp_path) == ([path], [])
+    with pytest.raises(UserError, match=r"x\.png: cannot be read: not a regular file\."):
+        load_picture(path, SHAPE)
 
 
-def test_a_folder_that_cannot_be_read_is_said(
+def test_what_only_another_program_could_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(folder: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(folder))
+    def run(*_: object) -> None:
+        raise AssertionError("Ghostscript is run")
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(UserError, match=r"permission denied\."):
-        find_files(tmp_path)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    Image.new("L", (60, 40)).save(tmp_path / "page.eps")
+    eps = (tmp_path / "page.eps").read_bytes()
+    (tmp_path / "page.png").write_bytes(eps)
+    # A picture in IPTC's own container may be a file of any format.
+    fields = {
+        (3, 20): struct.pack(">I", 60),
+        (3, 30): struct.pack(">I", 40),
+        (3, 60): b"\x01\x00",
+        (3, 120): b"\x01",
+        (8, 10): eps,
+    }
+    parts = [
+        b"\x1c" + bytes(key) + (struct.pack(">H", len(v)) if len(v) < 2**15 else b"") + v
+        for key, v in fields.items()
+    ]
+    (tmp_path / "page.jpg").write_bytes(b"".join(parts))
+    for name in ("page.eps", "page.png", "page.jpg"):
+        with pytest.raises(UserError, match="not an image of a format that can be read here"):
+            load_picture(tmp_path / name, SHAPE)
+
+
+def test_a_file_is_known_by_its_content_not_by_its_suffix(tmp_path: Path) -> None:
+    for name, other in (("trousers.png", "a.jpg"), ("t-shirt.jpg", "b.png"), ("dress.gif", "c")):
+        (tmp_path / other).write_bytes((FOLDER / name).read_bytes())
+        np.testing.assert_array_equal(load_picture(tmp_path / other, SHAPE).pixels, load(name))
+
+
+def test_pillows_warnings_are_hidden_and_no_others(tmp_path: Path) -> None:
+    photo = Image.open(FOLDER / "t-shirt.jpg")
+    # The tag of the orientation ends before its value.
+    photo.save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0")
+    with pytest.warns(UserWarning, match="EXIF"):
+        load_picture(tmp_path / "a.jpg", SHAPE)
+    with quiet_pillow():
+        load_picture(tmp_path / "a.jpg", SHAPE)
+        with pytest.raises(RuntimeWarning, match="mine"):
+            warnings.warn("mine", RuntimeWarning, stacklevel=1)
+
+
+def test_memory_is_reserved_while_a_picture_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, held = [], threading.Event()
+    decode = pictures._decode
+
+    @contextlib.contextmanager
+    def reserve(size: int) -> Iterator[None]:
+        asked.append(size)
+        held.set()
+        yield
+        held.clear()
+
+    def checked(*arguments: Any) -> Any:
+        assert held.is_set()
+        return decode(*arguments)
+
+    monkeypatch.setattr(pictures, "_decode", checked)
+    image = Image.open(FOLDER / "t-shirt.jpg").resize((2000, 3000))
+    for name in ("a.png", "b.jpg"):
+        image.save(tmp_path / name)
+        load_picture(tmp_path / name, SHAPE, reserve=reserve)
+        assert not held.is_set()
+    # Most of the JPEG is never decoded.
+    assert asked == [25 * 6_000_000, 8 * 6_000_000]
+
+
+@pytest.mark.parametrize("kind", ["<u2", "<i4", "<f4"])
+def test_values_are_scaled_alike_some_rows_at_a_time(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The highest value, which decides about the scale, is in the last row.
+    values = np.random.default_rng(0).integers(900, size=(90, 70))
+    values[-1, -1] = 4000
+    Image.fromarray(values.astype(kind)).save(tmp_path / "picture.tif")
+    expected = load_picture(tmp_path / "picture.tif", SHAPE).pixels
+    for number in (1, 70, 700):
+        monkeypatch.setattr(pictures, "_VALUES", number)
+        seen = load_picture(tmp_path / "picture.tif", SHAPE).pixels
+        np.testing.assert_array_equal(seen, expected)
+
+
+def test_colours_in_the_lab_space_are_read(tmp_path: Path) -> None:
+    Image.open(FOLDER / "t-shirt.jpg").save(tmp_path / "rgb.tif")
+    Image.open(tmp_path / "rgb.tif").convert("LAB").save(tmp_path / "lab.tif")
+    seen, expected = (load_picture(tmp_path / n, SHAPE).pixels for n in ("lab.tif", "rgb.tif"))
+    assert np.abs(seen.astype(int) - expected).mean() < 3
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_said(tmp_path: Path) -> None:
+    for name in ("closed", "listed only"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").touch()
+    (tmp_path / "b.png").touch()
+    (tmp_path / "closed").chmod(0)
+    (tmp_path / "listed only").chmod(0o400)
+    files, errors = find_files(tmp_path)
+    assert files == [tmp_path / "b.png", tmp_path / "listed only/a.png"]
+    assert list(map(str, errors)) == [f"{tmp_path}/closed: permission denied."]
+
+
+def test_a_subfolder_that_cannot_be_read_hides_no_other_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b", "c/d"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.png").touch()
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> Any:
+        if folder.name in ("a", "d"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    files, errors = find_files(tmp_path)
+    assert files == [tmp_path / "b/x.png"]
+    assert list(map(str, errors)) == [f"{tmp_path / f}: permission denied." for f in ("a", "c/d")]
+    # That there is no picture cannot be said then.
+    files, errors = find_files(tmp_path / "c")
+    assert not files
+    assert list(map(str, errors)) == [f"{tmp_path}/c/d: permission denied."]
+    assert list(pictures.find_all([tmp_path / "a", tmp_path / "b"]))[1] == tmp_path / "b/x.png"
+
+
+def test_links_may_be_loops_or_lead_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, target in {
+        "folder/loop": "..",
+        "self.png": "self.png",
+        "self.txt": "self.txt",
+        "broken.png": "nowhere",
+        "there.txt": "closed",
+    }.items():
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "picture.png").touch()
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # A link may lead to where the user must not look.
+    monkeypatch.setattr(Path, "is_file", refuse)
+    files, errors = find_files(tmp_path)
+    assert [file.name for file in files] == ["broken.png", "picture.png", "self.png"]
+    assert not errors
+    for file, said in ((files[0], "no such file"), (files[2], "symbolic links")):
+        with pytest.raises(UserError, match=said):
+            load_picture(file, SHAPE)
+
+
+def test_folders_may_be_nested_deeply(tmp_path: Path) -> None:
+    names = ["d"] * 1200
+    with contextlib.chdir(tmp_path):
+        for name in names:
+            Path(name).mkdir()
+            os.chdir(name)
+        Path("x.png").touch()
+        try:
+            found, errors = find_files(tmp_path)
+        finally:
+            # Python itself cannot remove folders that are nested so deeply.
+            Path("x.png").unlink()
+            for name in names:
+                os.chdir("..")
+                Path(name).rmdir()
+    assert found == [tmp_path.joinpath(*names, "x.png")]
+    assert not errors
+
+
+def test_a_name_that_is_no_text_is_a_name(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"lat\xe9.png")
+    try:
+        file.write_bytes((FOLDER / "trousers.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    (tmp_path / os.fsdecode(b"folder\xe9")).mkdir()
+    assert find_files(tmp_path) == ([file], [])
+    np.testing.assert_array_equal(load_picture(file, SHAPE).pixels, load("trousers.png"))

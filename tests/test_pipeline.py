@@ -143,9 +143,9 @@ def test_nothing_is_compiled_after_the_first_step(
         pipelines.append(make_pipeline(*arguments))
         return pipelines[-1]
 
-    def spy(run: Any, state: Any) -> dict[str, Any]:
+    def spy(*arguments: Any) -> dict[str, Any]:
         sizes.append(pipelines[0]._update._cache_size())
-        return end_epoch(run, state)
+        return end_epoch(*arguments)
 
     monkeypatch.setattr(train, "make_pipeline", keep)
     monkeypatch.setattr(train, "end_epoch", spy)

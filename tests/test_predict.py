@@ -1,6 +1,10 @@
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CLASSES
+from conftest import CLASSES, ROOT
 from PIL import Image
 
-from tinyvgg_jax import Predictor, UserError, load_predictor
+from tinyvgg_jax import Predictor, UserError, load_predictor, pictures, predict
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.pictures import Picture
 from tinyvgg_jax.predict import FilePrediction, _probabilities, predict_files
+from tinyvgg_jax.report.explain import explain_file
 
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 Trained = tuple[Path, dict[str, Any]]
@@ -209,3 +215,195 @@ def test_a_run_without_a_checkpoint_is_said(trained: Trained, tmp_path: Path) ->
         shutil.copy(trained[0] / name, tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         load_predictor(tmp_path)
+
+
+def test_a_fifo_is_an_error_beside_the_pictures(
+    trained: Trained, predictor: Predictor, files: Path
+) -> None:
+    os.mkfifo(files / "x.png")
+    *answers, in_folder, by_name = predict_files(predictor, [files, files / "x.png"])
+    assert len(answers) == 70
+    assert all(isinstance(answer, FilePrediction) for answer in answers)
+    said = f"{files}/x.png: cannot be read: not a regular file."
+    assert [str(in_folder), str(by_name)] == [said, said]
+    with pytest.raises(UserError, match="not a regular file"):
+        explain_file(trained[0], files / "x.png")
+
+
+def test_an_empty_name_is_an_error(
+    trained: Trained, files: Path, command_line: CommandLine
+) -> None:
+    done = command_line("--mode=predict", f"--workdir={trained[0]}", "", files / "000.png")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["tinyvgg_jax: the name of a file or folder is empty."]
+    assert len(done.stdout.splitlines()) == 2
+    with pytest.raises(UserError, match=r"the name of a file or folder is empty\."):
+        explain_file(trained[0], "")
+
+
+def test_a_subfolder_that_cannot_be_read_is_an_error_beside_the_pictures(
+    predictor: Predictor, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (files / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> Any:
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    error, *answers = predict_files(predictor, [files])
+    assert isinstance(error, UserError)
+    assert str(error) == f"{files}/closed: permission denied."
+    assert len(answers) == 70
+    assert all(isinstance(answer, FilePrediction) for answer in answers)
+
+
+def test_an_error_keeps_no_pixels_alive(predictor: Predictor, files: Path) -> None:
+    png = (files / "000.png").read_bytes()
+    (files / "000.png").write_bytes(png[: len(png) // 2])
+    (error,) = predict_files(predictor, [files / "000.png"])
+    assert isinstance(error, UserError)
+    assert "truncated" in str(error)
+    # They would lead to the frames in which the picture was decoded.
+    assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
+
+
+def test_pictures_that_do_not_fit_in_the_memory_are_decoded_one_by_one(
+    predictor: Predictor, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, under_way, together = pictures._decode, [], threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        under_way.append(1)
+        if len(under_way) > 1:
+            together.set()
+        together.wait(0.02)
+        under_way.pop()
+        return decode(*arguments)
+
+    monkeypatch.setattr(pictures, "_decode", slow)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    # Half of it is for pictures: one of 16x16 pixels fits, two do not.
+    monkeypatch.setattr(predict, "available_memory", lambda: 2 * 25 * 16 * 16 + 2)
+    assert len(list(predict_files(predictor, [files]))) == 70
+    assert not together.is_set()
+    monkeypatch.setattr(predict, "available_memory", lambda: 2**30)
+    assert len(list(predict_files(predictor, [files]))) == 70
+    assert together.is_set()
+
+
+def test_who_has_seen_enough_waits_for_no_picture(
+    predictor: Predictor, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path] = []
+    release, pixels = threading.Event(), np.zeros((16, 16, 1), np.uint8)
+
+    def stuck(path: Path, **_: Any) -> Picture:
+        begun.append(path)
+        if len(begun) > 64:
+            release.wait()
+        return Picture(pixels, False)
+
+    monkeypatch.setattr(predict, "load_picture", stuck)
+    monkeypatch.setattr(predict, "_AHEAD", 65)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    before = set(threading.enumerate())
+    answers = predict_files(predictor, [files])
+    next(answers)
+    answers.close()  # type: ignore[attr-defined]
+    assert not release.is_set()
+    release.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert len(begun) <= 66
+
+
+SLOW_PICTURES = """
+import atexit, os, sys, time
+from pathlib import Path
+from tinyvgg_jax import main, predict
+os.cpu_count = lambda: 2
+read = []
+def slow(path, **_):
+    read.append(path)
+    if len(read) == 1:
+        Path(sys.argv[1]).touch()
+    time.sleep(0.5)
+    raise predict.UserError("slow")
+predict.load_picture = slow
+atexit.register(lambda: Path(sys.argv[1]).write_text(str(len(read))))
+sys.exit(main.main(["main", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_prediction_of_thousands_of_pictures(
+    trained: Trained, files: Path, tmp_path: Path
+) -> None:
+    for index in range(70, 2000):
+        (files / f"{index}.png").hardlink_to(files / "000.png")
+    begun = tmp_path / "begun"
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-c", SLOW_PICTURES, str(begun)),
+            *("--mode=predict", f"--workdir={trained[0]}", str(files)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not begun.exists():
+            assert process.poll() is None
+            threading.Event().wait(0.02)
+        process.send_signal(signal.SIGINT)
+        # To read what has been asked for would take two minutes.
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("tinyvgg_jax: interrupted")
+    assert int(begun.read_text()) < 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "utf-8:strict"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "C", "PYTHONUTF8": "1"},
+    ],
+    ids=lambda environment: " ".join(environment.values()),
+)
+def test_a_name_that_is_no_text_is_shown_on_any_terminal(
+    trained: Trained,
+    files: Path,
+    tmp_path: Path,
+    command_line: CommandLine,
+    environment: dict[str, str],
+) -> None:
+    folder, run = tmp_path / os.fsdecode(b"f\xe9"), tmp_path / "run"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    shutil.copytree(trained[0], run)
+    picture = folder / os.fsdecode(b"lat\xe9.png")
+    shutil.copy(files / "000.png", picture)
+    (folder / os.fsdecode(b"broken\xe9.png")).touch()
+    (folder / os.fsdecode(b"x.t\xe9")).touch()
+    options = {"env": os.environ | environment}
+    for flag in ("--json", "--nojson"):
+        done = command_line("--mode=predict", flag, f"--workdir={run}", folder, **options)
+        assert done.returncode == 1, done.stderr
+        assert "lat\\udce9.png" in done.stdout
+        skipped, broken = done.stderr.splitlines()
+        assert "1 file is no picture and was skipped (.t\\udce9)" in skipped
+        assert "broken\\udce9.png: not an image" in broken
+    done = command_line("--mode=explain", f"--workdir={run}", picture, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("explain/lat\\udce9.png\n")
+    assert (run / "explain" / picture.name).exists()

@@ -135,7 +135,7 @@ def test_the_commands_on_a_finished_run_do_what_they_say(
     if "--mode eval" in arguments:
         assert (tmp_path / "runs" / "quick" / "evaluation" / "report.html").exists()
     if "--mode compare" in arguments:
-        assert (tmp_path / "comparison.png").exists()
+        assert (tmp_path / "comparison.png").exists() == ("--output" in arguments)
 
 
 def test_there_is_a_cheap_command_of_every_mode() -> None:

@@ -9,6 +9,7 @@ from tinyvgg_jax.report.scores import (
     confusion_matrix,
     mcnemar,
     precision_recall_f1,
+    top_confusions,
 )
 
 
@@ -37,6 +38,28 @@ def test_calibration_by_hand() -> None:
     np.testing.assert_allclose(curve.confidence, [0.45, 0.9])
     np.testing.assert_allclose(curve.accuracy, [0.5, 0.5])
     assert curve.expected_error == pytest.approx((2 * 0.05 + 2 * 0.4) / 4)
+
+
+def test_each_bin_has_wilsons_interval() -> None:
+    confidence = np.array([0.95] * 40 + [0.55] + [0.65] * 2)
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    labels = np.array([0] * 38 + [1] * 2 + [0] + [1] * 2)
+    curve = calibration(probabilities, labels, bins=10)
+    expected = {
+        9: accuracy_interval(38, 40),
+        5: accuracy_interval(1, 1),
+        6: accuracy_interval(0, 2),
+    }
+    for index, interval in enumerate(curve.intervals):
+        assert interval == pytest.approx(expected.get(index, (0, 1)))
+
+
+def test_confusions_come_by_their_number() -> None:
+    matrix = np.array([[50, 3, 0], [9, 80, 11], [0, 9, 1]])
+    found = top_confusions(matrix, 10)
+    assert found == [(1, 2, 11, 100), (1, 0, 9, 100), (2, 1, 9, 10), (0, 1, 3, 53)]
+    assert top_confusions(matrix, 2) == found[:2]
+    assert top_confusions(np.eye(3, dtype=int), 5) == []
 
 
 def test_a_calibrated_classifier_has_little_calibration_error() -> None:

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,18 @@ from scipy import stats
 
 from tinyvgg_jax import InterruptedRunError, UserError, restore, train, train_and_evaluate
 from tinyvgg_jax.data import SPLITS, Split, decode_splits, load_splits
+from tinyvgg_jax.errors import DivergedError
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.model import apply
 from tinyvgg_jax.pipeline import DevicePipeline
 from tinyvgg_jax.report.compare import compare_runs
 from tinyvgg_jax.report.evaluation import (
     evaluate_checkpoint,
-    evaluate_seeds,
+    evaluate_each_seed,
+    seeds_content,
 )
 from tinyvgg_jax.runs import run
+from tinyvgg_jax.runs.run import first_state
 from tinyvgg_jax.runs.seeds import statistics_of
 from tinyvgg_jax.step import to_float
 
@@ -137,6 +141,59 @@ def test_interrupted_together_they_go_on_together(
         jax.tree.map(np.testing.assert_array_equal, params_of(cut), params_of(whole))
 
 
+def test_every_line_about_a_seed_names_it(
+    config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "tinyvgg_jax")
+    config.num_seeds, config.num_epochs, config.seed = 2, 1, 3
+    with monkeypatch.context() as patch:
+        _StopAfter(8 + 3, patch)
+        with pytest.raises(InterruptedRunError) as caught:
+            train_and_evaluate(config, tmp_path)
+    # The folder is the one to pass again.
+    assert str(caught.value) == (
+        "seed 4 (2 of 2): interrupted at step 3; everything is saved in "
+        f"{tmp_path}. Run the same command again to go on from there."
+    )
+    train_and_evaluate(config, tmp_path)
+    train_and_evaluate(config, tmp_path)
+    lines = [line.getMessage() for line in caplog.records if line.name == "tinyvgg_jax.train"]
+    expected = [
+        r"seed 3 \(1 of 2\): epoch 1/1: train loss .* s left in all seeds",
+        r"seed 3 \(1 of 2\): Evaluating \.\.\.",
+        r"seed 3 \(1 of 2\): Going on from step 8 in .*seed_3\.",
+        r"seed 3 \(1 of 2\): This run is finished already\.",
+        r"seed 4 \(2 of 2\): Going on from step 3 in .*seed_4\.",
+        r"seed 4 \(2 of 2\): epoch 1/1: train loss .*",
+        r"seed 4 \(2 of 2\): Evaluating \.\.\.",
+        r"seed 3 \(1 of 2\): Going on from step 8 in .*seed_3\.",
+        r"seed 3 \(1 of 2\): This run is finished already\.",
+        r"seed 4 \(2 of 2\): Going on from step 8 in .*seed_4\.",
+        r"seed 4 \(2 of 2\): This run is finished already\.",
+    ]
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+def test_a_seed_that_diverges_is_named_among_those_that_train_with_it(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: None
+) -> None:
+    def poisoned(run: Any) -> Any:
+        state = first_state(run)
+        if run.config.seed == 1:
+            params = jax.tree.map(lambda leaf: leaf * jnp.nan, state.train.params)
+            state.train = state.train._replace(params=params)
+        return state
+
+    monkeypatch.setattr(train, "first_state", poisoned)
+    config.num_seeds = 2
+    with pytest.raises(DivergedError, match=r"at step 1\. What was saved .* kept in .*seed_1\."):
+        train_and_evaluate(config, tmp_path)
+
+
 def test_seeds_that_have_not_begun_are_said_to_be_missing(
     config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +202,7 @@ def test_seeds_that_have_not_begun_are_said_to_be_missing(
     with pytest.raises(InterruptedRunError):
         train_and_evaluate(config, tmp_path)
     with pytest.raises(UserError, match="is not finished: 1 of its 2 seeds have begun"):
-        evaluate_seeds(tmp_path)
+        evaluate_each_seed(tmp_path)
 
 
 def test_a_signal_in_a_seeds_last_epoch_ends_all_seeds(
@@ -170,7 +227,7 @@ def test_seeds_at_different_steps_are_not_averaged(
         with pytest.raises(InterruptedRunError):
             train_and_evaluate(config, tmp_path)
     with pytest.raises(UserError, match=r"stand at different steps \(8, 3\)"):
-        evaluate_seeds(tmp_path)
+        evaluate_each_seed(tmp_path)
     with pytest.raises(UserError, match=r"stand at different steps \(8, 3\)"):
         compare_runs([tmp_path, tmp_path])
 
@@ -228,13 +285,17 @@ def test_all_are_evaluated_and_their_ensemble(
 ) -> None:
     config.num_seeds, config.num_epochs, config.learning_rate = 2, 1, 0.01
     train_and_evaluate(config, tmp_path)
-    content = evaluate_seeds(tmp_path, "validation", flip_averaging=True)[tmp_path]
+    content = seeds_content(evaluate_each_seed(tmp_path, "validation", flip_averaging=True))
     split = load_splits("bars", {"v": "train[250:]"}, str(data_dir))[0]["v"]
     each = [evaluate(*restore(tmp_path / f"seed_{seed}", "latest"), split) for seed in (0, 1)]
     assert content["seeds"]["accuracy"]["values"] == [one.accuracy for one in each]
     mean = (each[0].probabilities + each[1].probabilities) / 2
     right = mean.argmax(axis=1) == split.labels
     assert content["ensemble"]["accuracy"] == right.mean()
+    confusion = np.zeros((5, 5), int)
+    for one in each:
+        np.add.at(confusion, (split.labels, one.predicted), 1)
+    assert content["confusion"] == confusion.tolist()
     assert not (tmp_path / "evaluation").exists()
     done = command_line(
         "--mode=eval", f"--workdir={tmp_path}", "--split=validation", "--flip_averaging"
@@ -261,10 +322,43 @@ def test_flip_averaging_is_the_mean_of_both_views(
     assert evaluate_checkpoint(trained[0]).flip_averaged_accuracy is None
 
 
-def test_statistics_are_students() -> None:
-    found = statistics_of([1.0, 2.0, 4.0])
-    assert found["mean"] == pytest.approx(7 / 3)
-    assert found["std"] == pytest.approx(np.std([1, 2, 4], ddof=1))
-    low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=found["std"] / 3**0.5)
-    assert found["interval"] == pytest.approx([low, high])
+def test_intervals_of_close_values_are_students() -> None:
+    for values, fractions in (([0.921, 0.923, 0.926], True), ([0.221, 0.223, 0.226], False)):
+        found = statistics_of(values, fractions)
+        assert found["mean"] == pytest.approx(np.mean(values))
+        assert found["std"] == pytest.approx(np.std(values, ddof=1))
+        expected = stats.t.interval(0.95, 2, loc=found["mean"], scale=found["std"] / 3**0.5)
+        assert found["interval"] == pytest.approx(expected, abs=3e-4)
+
+
+def test_an_interval_is_the_inverse_of_its_scale() -> None:
+    values = [0.2, 0.5, 0.9]
+    mean, half = np.mean(values), stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / 3**0.5
+    low, high = statistics_of(values)["interval"]
+    centre, spread = np.log(mean / (1 - mean)), half / (mean * (1 - mean))
+    assert np.log([low / (1 - low), high / (1 - high)]) == pytest.approx(
+        [centre - spread, centre + spread]
+    )
+    low, high = statistics_of(values, fractions=False)["interval"]
+    assert np.log([low, high]) == pytest.approx(
+        [np.log(mean) - half / mean, np.log(mean) + half / mean]
+    )
+
+
+@pytest.mark.parametrize("values", [[0.9, 1.0, 1.0], [0.0, 0.1, 0.7], [0.5, 0.999, 1.0, 0.998]])
+def test_an_interval_of_accuracies_stays_within_0_and_1(values: list[float]) -> None:
+    found = statistics_of(values)
+    low, high = found["interval"]
+    assert 0 <= low < found["mean"] < high <= 1
+    # A loss cannot be negative, but may be large.
+    low, high = statistics_of(values, fractions=False)["interval"]
+    assert 0 <= low < found["mean"] < high
+
+
+def test_there_is_no_interval_of_one_value_or_two() -> None:
     assert statistics_of([1.0])["interval"] is None
+    assert statistics_of([1.0])["std"] is None
+    found = statistics_of([0.9, 1.0])
+    assert found["interval"] is None
+    assert found["std"] == pytest.approx(0.1 / 2**0.5)
+    assert statistics_of([1.0, 1.0, 1.0])["interval"] == [1.0, 1.0]

@@ -129,9 +129,9 @@ def test_the_test_split_is_evaluated_once_after_training(
 ) -> None:
     sizes: list[int] = []
 
-    def spy(model: TinyVGG, params: Any, split: Split) -> Any:
+    def spy(model: TinyVGG, params: Any, split: Split, **rest: Any) -> Any:
         sizes.append(len(split))
-        return evaluate(model, params, split)
+        return evaluate(model, params, split, **rest)
 
     monkeypatch.setattr(train, "evaluate", spy)
     train_and_evaluate(config, tmp_path)
@@ -372,6 +372,24 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         kept = checkpoints.restore_params("latest", abstract_params(SMALL, (16, 16, 1)))
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(kept.params))
     assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("learning_rate", "warnings"), [(0.05, 0), (1e4, 1)])
+def test_a_loss_that_is_no_better_than_guessing_is_warned_of_once(
+    config: ConfigDict,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    learning_rate: float,
+    warnings: int,
+) -> None:
+    config.learning_rate = learning_rate
+    summary = train_and_evaluate(config, tmp_path)
+    assert (summary["train_loss"] > 1.7) == bool(warnings)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == warnings
+    for line in said:
+        assert line.startswith(f"The train loss, {summary['train_loss']:.4g}, is no better than")
+        assert "Try a lower --config.learning_rate" in line
 
 
 def test_parameters_that_diverge_in_the_last_step_are_not_saved(

@@ -35,7 +35,7 @@ class Field(NamedTuple):
         checks: conditions on its value, checked in this order.
         value_before: value assumed for a config.json written before the field existed.
         affects_result: whether a changed value makes it a different run, which cannot go on in the
-            same folder.
+            same folder. `num_epochs` and `num_seeds` have rules of their own in `runs.folder`.
     """
 
     kind: type | tuple[type, ...]
@@ -89,8 +89,14 @@ FIELDS: dict[str, Field] = {
         "number of runs, with this seed, the next, and so on",
         (_within(1, 1000, "from 1 to 1000"),),
         value_before=1,
+        affects_result=False,
     ),
-    "num_epochs": Field(int, "passes over the train split", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
+    "num_epochs": Field(
+        int,
+        "passes over the train split",
+        (_AT_LEAST_1, _AT_MOST_A_MILLION),
+        affects_result=False,
+    ),
     "batch_size": Field(int, "images a step", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
     "learning_rate": Field(float, "highest learning rate", (_POSITIVE,)),
     "learning_rate_decay": Field(
@@ -163,7 +169,10 @@ FIELDS: dict[str, Field] = {
     "data.data_dir": Field(_FOLDER, "tfds's folder of datasets", affects_result=False),
     "data.source_dir": Field(_FOLDER, "folder of IDX files to prepare from", affects_result=False),
     "data.pipeline": Field(
-        str, "where the images wait for their steps", (_one_of("auto", "device", "stream"),)
+        str,
+        "where the images wait for their steps",
+        (_one_of("auto", "device", "stream"),),
+        affects_result=False,
     ),
     "data.train_split": Field(str, "what is trained on"),
     "data.validation_split": Field(str, "what is evaluated after every epoch"),

@@ -1,6 +1,7 @@
 """Exact loss, accuracy and logits of a network on a split."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -64,6 +65,16 @@ class Evaluation:
         return self.loss / self.count
 
     @property
+    def guessing_loss(self) -> float:
+        """Mean cross-entropy of the best prediction that ignores the images, in nats.
+
+        That prediction is the frequencies p of the classes, and its loss is their entropy,
+        -sum(p * log(p)); with equal frequencies, log(num_classes).
+        """
+        frequencies = self.count_per_class[self.count_per_class > 0] / self.count
+        return -float(np.sum(frequencies * np.log(frequencies)))
+
+    @property
     def predicted(self) -> np.ndarray:
         """Predicted classes, those of the highest logits: `[N]` int."""
         return self.logits.argmax(axis=1)
@@ -76,8 +87,20 @@ class Evaluation:
         return powers / powers.sum(axis=1, keepdims=True)
 
 
+# Takes the number of examples that are done.
+OnProgress = Callable[[int], None]
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
 def evaluate(
-    model: TinyVGG, params: Any, split: Split, batch_size: int | None = None
+    model: TinyVGG,
+    params: Any,
+    split: Split,
+    batch_size: int | None = None,
+    on_progress: OnProgress = _ignore,
 ) -> Evaluation:
     """Evaluates a network on all examples of a split.
 
@@ -87,6 +110,8 @@ def evaluate(
         split: N examples.
         batch_size: number of examples in a call, by default a number that suits the device. It
             affects the result only by the rounding of the loss.
+        on_progress: called with the number of examples that are done, after each batch; on an
+            accelerator that holds the whole split, which takes one call, only at the end.
 
     Returns:
         Exact counts and logits, and the sum of the losses.
@@ -96,10 +121,9 @@ def evaluate(
     on_cpu = jax.default_backend() == "cpu"
     size = min(batch_size or (_BATCH_SIZE_ON_CPU if on_cpu else _BATCH_SIZE), len(split))
     # One long call gains nothing on a CPU, and a signal could not interrupt it.
-    if on_cpu or not fits_on_device(split):
-        losses, correct, counts, logits = _evaluate_streamed(model, params, split, size)
-    else:
-        losses, correct, counts, logits = _evaluate_on_device(model, params, split, size)
+    in_one_call = fits_on_device(split) and not on_cpu
+    way = _evaluate_on_device if in_one_call else _evaluate_streamed
+    losses, correct, counts, logits = way(model, params, split, size, on_progress)
     return Evaluation(
         float(np.sum(losses, dtype=np.float64)),
         np.sum(correct, axis=0),
@@ -113,20 +137,27 @@ def evaluate(
 Sums = tuple[Any, Any, Any, Any]
 
 
-def _evaluate_streamed(model: TinyVGG, params: Any, split: Split, batch_size: int) -> Sums:
+def _evaluate_streamed(
+    model: TinyVGG, params: Any, split: Split, batch_size: int, on_progress: OnProgress
+) -> Sums:
     """Evaluates batch by batch, with images from the host."""
     sums: list[Any] = []
     for batch, count in padded_batches(split, batch_size):
         sums.append(_evaluate_batch(model, params, batch, np.arange(batch_size) < count))
         if len(sums) > _MAX_QUEUED:
             jax.block_until_ready(sums[-_MAX_QUEUED])
+            on_progress((len(sums) - _MAX_QUEUED + 1) * batch_size)
     losses, correct, counts, logits = zip(*jax.device_get(sums), strict=True)
+    on_progress(len(split))
     return losses, correct, counts, logits
 
 
-def _evaluate_on_device(model: TinyVGG, params: Any, split: Split, batch_size: int) -> Sums:
+def _evaluate_on_device(
+    model: TinyVGG, params: Any, split: Split, batch_size: int, on_progress: OnProgress
+) -> Sums:
     """Evaluates all batches in one call, with all images on the device."""
     sums: Sums = jax.device_get(_evaluate_all(model, params, on_device(split), batch_size))
+    on_progress(len(split))
     return sums
 
 

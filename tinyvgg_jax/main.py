@@ -11,6 +11,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) != _signal.SIG_I
 import json
 import logging
 import os
+import platform
 import re
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import tinyvgg_jax
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
 from tinyvgg_jax.paths import local_path
@@ -42,11 +44,17 @@ Predict the classes of pictures, files or folders of them:
 Draw how the network sees a picture, its feature maps and where it looked:
   python -m tinyvgg_jax.main --mode explain --workdir runs/default IMAGE
                              [--output FILE.png] [--invert auto|yes|no] [--step N|latest|best]
-Compare runs on the same images:
+Compare runs on the same images; with --output, draw them too:
   python -m tinyvgg_jax.main --mode compare RUN RUN... [--output FILE.png]
                              [--split train|validation|test] [--step N|latest|best]
+List the runs below folders, and how far they are:
+  python -m tinyvgg_jax.main --mode list [FOLDER...]
+Show the layers of a network, their parameters and multiply-adds:
+  python -m tinyvgg_jax.main --mode describe --config default | --workdir runs/default
 Only prepare the dataset, for example before going offline:
   python -m tinyvgg_jax.main --mode prepare --config default
+Show the versions of this package and its libraries:
+  python -m tinyvgg_jax.main --version
 A config is a Python file, or the name of one that comes with the package: {recipes}.
 Every field is explained in {default}.
 """
@@ -129,7 +137,7 @@ def _parse(argv: list[str]) -> list[str]:
         )
     if len(rest) > 1 and not mode.paths:
         raise UserError(f"unexpected argument {rest[1]!r} (--help shows the usage)")
-    if len(rest) == 1 and mode.paths:
+    if len(rest) == 1 and mode.paths and not mode.paths.startswith("["):
         raise UserError(f"--mode {_MODE.value} needs {mode.paths} (see --help).")
     return rest[1:]
 
@@ -248,7 +256,7 @@ def _prepare(_: list[str]) -> int:
 def _evaluate(_: list[str]) -> int:
     workdir, step, split = _existing_workdir(), _step("latest"), _SPLIT.value
     from tinyvgg_jax.report import evaluation, tables
-    from tinyvgg_jax.report.page import write_report
+    from tinyvgg_jax.report.page import write_report, write_seeds_report
     from tinyvgg_jax.runs.folder import read_config
 
     _start_jax()
@@ -256,10 +264,15 @@ def _evaluate(_: list[str]) -> int:
     arguments = (workdir, split, step, _data_folders(), _FLIP_AVERAGING.value)
     # The figures are printed before they are written, since a run may lie in a read-only folder.
     if read_config(workdir).num_seeds > 1:
-        contents = evaluation.evaluate_seeds(*arguments)
-        _show(tables.seeds_table(contents[workdir], split))
-        for folder, content in contents.items():
-            evaluation.write_evaluation(folder, split, content)
+        each = evaluation.evaluate_each_seed(*arguments)
+        content = evaluation.seeds_content(each)
+        _show(tables.seeds_table(content, split))
+        for one in each:
+            own = evaluation.evaluation_content(one)
+            evaluation.write_evaluation(one.workdir, split, own)
+            write_report(one, own)
+        evaluation.write_evaluation(workdir, split, content)
+        _show(f"report: {write_seeds_report(workdir, each, content)}")
         return 0
     evaluated = evaluation.evaluate_checkpoint(*arguments)
     content = evaluation.evaluation_content(evaluated)
@@ -300,14 +313,46 @@ def _explain(paths: list[str]) -> int:
 
 
 def _compare(paths: list[str]) -> int:
-    step, output = _step("latest"), local_path(_OUTPUT.value or "comparison.png")
+    step = _step("latest")
+    output = None if _OUTPUT.value is None else local_path(_OUTPUT.value)
     from tinyvgg_jax.report.compare import compare_runs, comparison_table, write_comparison
 
     _start_jax()
     comparison = compare_runs(paths, _SPLIT.value, step, _data_folders())
     _show(comparison_table(comparison))
-    _show(f"plot: {write_comparison(comparison, output)}")
+    if output is not None:
+        _show(f"plot: {write_comparison(comparison, output)}")
     return 0
+
+
+def _list(paths: list[str]) -> int:
+    from tinyvgg_jax.report.listing import list_runs, runs_table
+
+    _show(runs_table(list_runs(paths or ["runs"])))
+    return 0
+
+
+def _describe(_: list[str]) -> int:
+    if (_WORKDIR.value is None) == (_CONFIG.value is None):
+        raise UserError("--mode describe needs either --config or --workdir.")
+    config = _config() if _WORKDIR.value is None else None
+    from tinyvgg_jax.report import describe
+
+    _start_jax()
+    if config is None:
+        model, shape = describe.model_of_run(_existing_workdir())
+    else:
+        model, shape = describe.model_of_config(config)
+    _show(describe.layers_table(describe.describe_model(model, shape), shape))
+    return 0
+
+
+def _versions() -> str:
+    """Lists the versions of this package, of Python and of the libraries that it stands on."""
+    from tinyvgg_jax.report.recipe import library_versions
+
+    python = {"tinyvgg_jax": tinyvgg_jax.__version__, "Python": platform.python_version()}
+    return "\n".join(f"{name} {version}" for name, version in (python | library_versions()).items())
 
 
 class Mode(NamedTuple):
@@ -315,7 +360,8 @@ class Mode(NamedTuple):
 
     Attributes:
         run: takes the paths on the command line and returns the exit status.
-        paths: what these paths are; empty for a mode that takes none.
+        paths: what these paths are, in brackets if they may be left out; empty for a mode that
+            takes none.
     """
 
     run: Callable[[list[str]], int]
@@ -328,6 +374,8 @@ MODES = {
     "predict": Mode(_predict, "IMAGE..."),
     "explain": Mode(_explain, "IMAGE"),
     "compare": Mode(_compare, "RUN RUN..."),
+    "list": Mode(_list, "[FOLDER...]"),
+    "describe": Mode(_describe),
     "prepare": Mode(_prepare),
 }
 
@@ -342,6 +390,9 @@ def main(argv: list[str] | None = None) -> int:
     if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
         recipes = ", ".join(sorted(_RECIPES))
         print(USAGE.format(recipes=recipes, default=_RECIPES["default"]), end="")
+        return 0
+    if "--version" in argv[1:]:
+        print(_versions())
         return 0
     _set_up_output()
     with ctrl_c(lambda: os._exit(_interrupted())) as pressed:

@@ -4,6 +4,7 @@ To add one, write the function that makes it and enter it in `SCHEDULES` or `OPT
 config and the command line then know its name.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -69,8 +70,24 @@ def _after_warmup(plan: _SchedulePlan, fall: optax.Schedule) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [plan.warmup_steps])
 
 
-# Each function makes the schedule of its name from a `_SchedulePlan`.
-SCHEDULES = {"exponential": _exponential, "cosine": _cosine, "linear": _linear}
+class ScheduleKind(NamedTuple):
+    """A kind of schedule.
+
+    Attributes:
+        make: makes the schedule from a `_SchedulePlan`.
+        depends_on_num_epochs: whether the learning rate of a step depends on the length of the run.
+            If so, a run of some epochs is not the beginning of a longer one.
+    """
+
+    make: Callable[[_SchedulePlan], optax.Schedule]
+    depends_on_num_epochs: bool
+
+
+SCHEDULES = {
+    "exponential": ScheduleKind(_exponential, depends_on_num_epochs=False),
+    "cosine": ScheduleKind(_cosine, depends_on_num_epochs=True),
+    "linear": ScheduleKind(_linear, depends_on_num_epochs=True),
+}
 
 
 def learning_rate_schedule(
@@ -117,7 +134,7 @@ def learning_rate_schedule(
         total_steps=num_epochs * steps_per_epoch,
         warmup_steps=round(warmup_epochs * steps_per_epoch),
     )
-    return SCHEDULES[kind](plan)
+    return SCHEDULES[kind].make(plan)
 
 
 def _sgd(

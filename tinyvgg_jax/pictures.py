@@ -1,27 +1,39 @@
 """Picture files as arrays like FashionMNIST's: a light garment, trimmed and centred, on black."""
 
 import collections
+import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.paths import local_path, open_regular
 
 logger = logging.getLogger(__name__)
 
 INVERT = ("auto", "yes", "no")
 # Formats that Pillow lists but does not decode itself. It reads only the header of the first four,
-# leaves WMF to Windows, and would run Ghostscript for EPS, which is a program.
-_UNREAD = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
-# Larger pictures are refused, because decoding takes up to 12 bytes a pixel. A phone's photo has 12
-# to 50 million pixels.
+# leaves WMF to Windows, and would run Ghostscript, a program, for EPS, also for one within IPTC.
+_UNREAD = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "IPTC"}
+# Larger pictures are refused. A phone's photo has 12 to 50 million pixels.
 _MAX_PIXELS = 100_000_000
+# Bytes of memory that decoding takes for each pixel, at most. Measured with 25 megapixels in every
+# mode and format that Pillow writes: 25 for a JPEG 2000 with transparency, 19 for one without, 16
+# for WebP, 12 for AVIF and a PNG of grey with transparency, 8 for one of colour with transparency,
+# 9 for CMYK and palettes with transparency, 10 for 32 bits and 8 for 16 bits a value, 5 for the
+# rest. A JPEG that is decoded at a fraction of its size may be progressive, and then holds its
+# coefficients: 8 for each pixel in the file.
+_DECODED_BYTES, _CODED_BYTES = 25, 8
+# Values of 16 or 32 bits that are scaled to 8 bits at a time.
+_VALUES = 2**20
 # A picture with fewer pixels on its longer side is refused, because no class could be told from it.
 _MIN_SIDE = 8
 # A picture is first reduced to this many pixels for each of the network's, along its longer side.
@@ -53,17 +65,47 @@ class Picture(NamedTuple):
     inverted: bool
 
 
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Hides what Pillow warns of while it reads files; it does so in all threads.
+
+    It warns of large pictures, for which `load_picture` has a limit of its own, and of damage,
+    after which it either raises an error or has read the pixels all the same.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Lists the formats that the installed Pillow decodes itself, by Pillow's names."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _UNREAD)
+
+
 @functools.cache
 def suffixes() -> frozenset[str]:
     """Lists the suffixes, like `.jpg`, of the picture files that the installed Pillow can read."""
-    # This fills `Image.OPEN` too.
-    formats = Image.registered_extensions()
     # An MPO is several JPEGs in a file, which Pillow opens as JPEG.
-    readable = {*Image.OPEN, "MPO"} - _UNREAD
+    readable = {*_formats(), "MPO"}
+    formats = Image.registered_extensions()
     return frozenset(suffix for suffix, name in formats.items() if name in readable)
 
 
-def find_files(path: Path) -> list[Path]:
+def find_all(paths: Iterable[str | Path]) -> Iterator[Path | UserError]:
+    """Yields the files of several paths, in order; before them, what is wrong with a path."""
+    for path in paths:
+        try:
+            pictures, errors = find_files(local_path(path))
+        except UserError as error:
+            yield error
+        else:
+            yield from errors
+            yield from pictures
+
+
+def find_files(path: Path) -> tuple[list[Path], list[UserError]]:
     """Finds the pictures in a folder and its subfolders by their suffixes.
 
     It logs the number of other files in one line.
@@ -72,44 +114,56 @@ def find_files(path: Path) -> list[Path]:
         path: a folder; or a file, which is returned whatever its suffix.
 
     Returns:
-        The files, sorted.
+        The files, sorted; and an error for each folder that cannot be read.
 
     Raises:
-        UserError: if there is no such path, if it must not be read, or if the folder holds no
-            picture.
+        UserError: if there is no such path, or if the folder holds no picture.
     """
     try:
         if not path.is_dir():
             # This only checks that the file exists; errors of reading show when it is read.
             path.stat()
-            return [path]
-        files = sorted(_walk(path))
-        pictures = [file for file in files if _is_picture(file)]
-        skipped = _skipped([file for file in files if not _is_picture(file) and file.is_file()])
+            return [path], []
     except OSError as error:
-        where = error.filename or path
-        raise UserError(f"{where}: {(error.strerror or str(error)).lower()}.") from error
-    if not pictures:
+        raise UserError(f"{path}: {_reason(error)}.") from error
+    files, errors = _walk(path)
+    pictures = [file for file in files if _is_picture(file)]
+    # `Path.is_file` would raise an error for a link to where the user must not look.
+    others = [f for f in files if not _is_picture(f) and os.path.isfile(f)]  # noqa: PTH113
+    skipped = _skipped(others)
+    if not pictures and not errors:
         raise UserError(f"{path}: no picture in this folder{skipped and '; ' + skipped}.")
     if skipped:
         # The line has the form of the command line's errors, among which it is printed.
         logger.warning("tinyvgg_jax: %s", " ".join(f"{path}: {skipped}.".split()))
-    return pictures
+    return pictures, errors
 
 
 def _is_picture(file: Path) -> bool:
     return file.suffix.lower() in suffixes()
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yields all files that are not hidden; it follows no links to folders, which may be loops."""
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        else:
-            yield path
+def _walk(folder: Path) -> tuple[list[Path], list[UserError]]:
+    """Lists all files that are not hidden, sorted, and an error for each folder it cannot read.
+
+    Links to folders are not followed, since they may be loops; they are listed as files.
+    """
+    files: list[Path] = []
+    errors: list[UserError] = []
+    # Folders may lie in one another more deeply than functions may call one another.
+    folders = [folder]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    (folders if is_folder else files).append(folder / entry.name)
+        except OSError as error:
+            errors.append(UserError(f"{folder}: {_reason(error)}."))
+    return sorted(files), sorted(errors, key=str)
 
 
 def _skipped(files: list[Path]) -> str:
@@ -123,8 +177,15 @@ def _skipped(files: list[Path]) -> str:
     return f"{len(files):,} files are no pictures and were skipped ({named})"
 
 
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
 def load_picture(
-    path: str | Path, image_shape: tuple[int, int, int] = (28, 28, 1), invert: str = "auto"
+    path: str | Path,
+    image_shape: tuple[int, int, int] = (28, 28, 1),
+    invert: str = "auto",
+    reserve: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Picture:
     """Reads a picture file and normalises it for the network by `normalise`.
 
@@ -132,10 +193,13 @@ def load_picture(
     puts a picture with transparent pixels on white or black, whichever contrasts with the rest.
 
     Args:
-        path: a file in PNG, JPEG, WebP, TIFF or another format that Pillow reads; of any size, in
-            colour or grey.
+        path: a file in PNG, JPEG, WebP, TIFF or another format that Pillow decodes without the help
+            of other programs; of any size, in colour or grey.
         image_shape: `(H, W, C)` of the network's images, C being 1 or 3.
         invert: "auto", "yes" or "no", see `normalise`.
+        reserve: takes the number of bytes that decoding may need, and returns a context that is
+            open while they are needed. It may wait, like that of `system.MemoryBudget`, for
+            pictures that other threads decode.
 
     Returns:
         The picture.
@@ -145,38 +209,50 @@ def load_picture(
             small, or if all its pixels are alike.
     """
     try:
-        # A file is opened because Pillow 13, given a path, shears a TIFF that lies on its side.
-        with Path(path).open("rb") as file, Image.open(file) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise UserError(
-                    f"{path}: {image.width:,}x{image.height:,} pixels are too many; at most "
-                    f"{_MAX_PIXELS:,} in all."
-                )
-            if max(image.size) < _MIN_SIDE:
-                raise UserError(
-                    f"{path}: {image.width}x{image.height} pixels are too few to show anything."
-                )
-            grey = image_shape[2] == 1
-            side = _DETAIL * max(image_shape[:2])
-            if max(image.size) > side:
-                # A JPEG can be decoded at a fraction of its size in a fraction of the time.
-                image.draft("L" if grey and image.mode == "L" else "RGB", (side, side))
-            pixels, background = _decode(image, "L" if grey else "RGB", side)
+        pixels, background = _read(path, image_shape, reserve)
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: too many pixels; at most {_MAX_PIXELS:,} in all.") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not an image that Pillow knows.") from error
+        raise UserError(f"{path}: not an image of a format that can be read here.") from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be read: {reason.lower()}.") from error
+        raise UserError(f"{path}: cannot be read: {_reason(error)}.") from error
     except Exception as error:  # For a damaged file a decoder may raise any exception.
-        raise UserError(f"{path}: cannot be read as an image: {error}.") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image: {reason}.") from error
     try:
         return normalise(pixels, image_shape, invert, background)
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
+
+
+def _read(
+    path: str | Path,
+    image_shape: tuple[int, int, int],
+    reserve: Callable[[int], AbstractContextManager[Any]],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Checks the size of a picture file and decodes it; returns what `_decode` does."""
+    # A file is opened because Pillow 13, given a path, shears a TIFF that lies on its side.
+    with open_regular(path) as file, Image.open(file, formats=_formats()) as image:
+        number = image.width * image.height
+        if number > _MAX_PIXELS:
+            raise UserError(
+                f"{path}: {image.width:,}x{image.height:,} pixels are too many; at most "
+                f"{_MAX_PIXELS:,} in all."
+            )
+        if max(image.size) < _MIN_SIDE:
+            raise UserError(
+                f"{path}: {image.width}x{image.height} pixels are too few to show anything."
+            )
+        grey = image_shape[2] == 1
+        side = _DETAIL * max(image_shape[:2])
+        if max(image.size) > side:
+            # A JPEG can be decoded at a fraction of its size in a fraction of the time.
+            image.draft("L" if grey and image.mode == "L" else "RGB", (side, side))
+        decoded = image.width * image.height
+        with reserve(max(_DECODED_BYTES * decoded, _CODED_BYTES * number)):
+            return _decode(image, "L" if grey else "RGB", side)
 
 
 def _decode(image: Image.Image, mode: str, side: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -195,9 +271,13 @@ def _decode(image: Image.Image, mode: str, side: int) -> tuple[np.ndarray, np.nd
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion would clip values of 16 or 32 bits at 255.
-        image = Image.fromarray(_to_uint8(np.array(image, np.float32), image.mode == "F"))
+        image = _to_uint8(image)
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow converts it to nothing else.
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    image = image.convert("RGBA" if transparent else mode)
+    wanted = "RGBA" if transparent else mode
+    if image.mode != wanted:  # Else `convert` would only copy the pixels.
+        image = image.convert(wanted)
     if max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
     background = None
@@ -207,17 +287,29 @@ def _decode(image: Image.Image, mode: str, side: int) -> tuple[np.ndarray, np.nd
     return pixels.reshape(*pixels.shape[:2], -1), background
 
 
-def _to_uint8(values: np.ndarray, floating: bool) -> np.ndarray:
+def _to_uint8(image: Image.Image) -> Image.Image:
     """Scales values to 0 to 255: floating ones from [0, 1], integers from the bits they use."""
-    np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-    highest = float(values.max())
+    highest = max(float(rows.max()) for rows in _rows(image))
     # A file of 16 bits a pixel may hold the 10 or 12 bits of a camera, and does not say so. The
     # highest value shows how many bits are used. For a dark picture that may be too few, and the
     # picture becomes lighter, which does no harm. Floating values may exceed 1 slightly after a
     # resampling, so they count as integers only from 2 on.
-    top = 1 if floating and highest < 2 else 2 ** max(8, int(highest).bit_length()) - 1
-    values *= 255 / top
-    return values.clip(0, 255, out=values).astype(np.uint8)
+    is_fraction = image.mode == "F" and highest < 2
+    top = 1 if is_fraction else 2 ** max(8, int(highest).bit_length()) - 1
+    scaled = [(rows * (255 / top)).clip(0, 255).astype(np.uint8) for rows in _rows(image)]
+    return Image.fromarray(np.concatenate(scaled))
+
+
+def _rows(image: Image.Image) -> Iterator[np.ndarray]:
+    """Yields a picture's values some rows at a time, `[rows, W]` float32; 0 if not finite.
+
+    All rows at once would take four times the memory that the picture takes itself.
+    """
+    number = max(1, _VALUES // image.width)
+    for top in range(0, image.height, number):
+        box = (0, top, image.width, min(top + number, image.height))
+        values = np.array(image.crop(box), np.float32)
+        yield np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _opaque(image: Image.Image, mode: str) -> tuple[Image.Image, np.ndarray | None]:
@@ -370,12 +462,3 @@ def _fit(
     top, left = (H - new_h) // 2, (W - new_w) // 2
     canvas[top : top + new_h, left : left + new_w] = small.reshape(new_h, new_w, C)
     return canvas
-
-
-def find_all(paths: Iterable[str | Path]) -> Iterator[Path | UserError]:
-    """Yields the files of several paths, in order; for a path without any, the error."""
-    for path in paths:
-        try:
-            yield from find_files(local_path(path))
-        except UserError as error:
-            yield error

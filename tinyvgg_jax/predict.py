@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -16,20 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
-from PIL import Image
 
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.paths import local_path
-from tinyvgg_jax.pictures import Picture, find_all, load_picture
+from tinyvgg_jax.pictures import Picture, find_all, load_picture, quiet_pillow
 from tinyvgg_jax.runs.folder import read_dataset
 from tinyvgg_jax.runs.restore import restore
 from tinyvgg_jax.step import to_float
+from tinyvgg_jax.system import MemoryBudget, available_memory
 
 # Images in a call of the network. The last call is padded, so that one program serves any number.
 _CHUNK = 64
 # Pictures that are decoded ahead of the network; a bound, so that a million do not fill the memory.
 _AHEAD = 8 * _CHUNK
+# Bytes that all pictures under way may take at most, however much memory is available. Three of 100
+# megapixels fit in it whatever their format, and eighty photos of 12 megapixels in JPEG.
+_MOST_MEMORY = 8 * 2**30
 
 
 class Predictions(NamedTuple):
@@ -202,27 +204,43 @@ def predict_files(
     Yields:
         The prediction for each file, in order, or the error that says what is wrong with it.
     """
-    read = partial(load_picture, image_shape=predictor.image_shape, invert=invert)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        # Pillow warns of large pictures, but `load_picture` has a limit of its own.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        decoded = _ahead(pool, read, find_all(paths))
-        # A single picture compiles the program for one image, which is faster. The first chunk
-        # decides, so that a last chunk of one picture compiles no second program.
-        size = 0
-        while chunk := list(itertools.islice(decoded, _CHUNK)):
-            size = size or (1 if len(chunk) == 1 else _CHUNK)
-            yield from _predict_chunk(predictor, chunk, size)
+    budget = MemoryBudget(min(_MOST_MEMORY, available_memory() // 2))
+    read = partial(_read, image_shape=predictor.image_shape, invert=invert, reserve=budget.take)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        with quiet_pillow():
+            decoded = _ahead(pool, read, find_all(paths))
+            # A single picture compiles the program for one image, which is faster. The first chunk
+            # decides, so that a last chunk of one picture compiles no second program.
+            size = 0
+            while chunk := list(itertools.islice(decoded, _CHUNK)):
+                size = size or (1 if len(chunk) == 1 else _CHUNK)
+                yield from _predict_chunk(predictor, chunk, size)
+    finally:
+        # After Ctrl-C, or when the caller has seen enough, no other file is read, and those under
+        # way are not waited for.
+        budget.close()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 Decoded = tuple[Path, Picture | UserError]
+
+
+def _read(path: Path, **options: Any) -> Picture | UserError:
+    """Reads a picture file; an error is returned, so that the other files are still predicted."""
+    try:
+        return load_picture(path, **options)
+    except UserError as error:
+        # The error that was raised refers to the frames that it passed, and they to the pixels.
+        return UserError(str(error))
 
 
 def _ahead(
     pool: ThreadPoolExecutor, read: Any, paths: Iterator[Path | UserError]
 ) -> Iterator[Decoded]:
     """Reads files in threads, at most `_AHEAD` of them before they are asked for."""
-    waiting: collections.deque[tuple[Path, Future[Picture] | UserError]] = collections.deque()
+    waiting: collections.deque[tuple[Path, Future[Picture | UserError] | UserError]]
+    waiting = collections.deque()
     for path in paths:
         if isinstance(path, UserError):
             waiting.append((Path(), path))
@@ -234,14 +252,9 @@ def _ahead(
         yield _result(*waiting.popleft())
 
 
-def _result(path: Path, reading: Future[Picture] | UserError) -> Decoded:
-    """Waits for a picture; an error is returned, so that the other files are still predicted."""
-    if isinstance(reading, UserError):
-        return path, reading
-    try:
-        return path, reading.result()
-    except UserError as error:
-        return path, error
+def _result(path: Path, reading: Future[Picture | UserError] | UserError) -> Decoded:
+    """Waits for a picture or its error."""
+    return path, reading if isinstance(reading, UserError) else reading.result()
 
 
 def _predict_chunk(

@@ -1,9 +1,14 @@
-"""The machine around a run: compiled programs, freed memory, device, profiler."""
+"""The machine around a run: compiled programs, memory, device, profiler."""
 
+import collections
 import contextlib
 import ctypes
 import logging
 import os
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import jax
@@ -86,6 +91,95 @@ def trim_heap() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory() -> int:
+    """Returns the number of bytes that the system could give to processes now.
+
+    A container's limit counts, too. Where the system tells only how much memory there is in all, it
+    is that number.
+    """
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        text = Path("/proc/meminfo").read_text()
+        found += [1024 * int(number) for number in re.findall(r"MemAvailable: +(\d+) kB", text)]
+    return min([*found, *_container_limits()])
+
+
+def _container_limits() -> Iterator[int]:
+    """Yields the limits in bytes that this process's control groups set, of version 1 or 2."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, name = group.split(":", 2)
+        if not controllers:
+            root, file = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, file = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / name.lstrip("/")
+        # A container sees its own group as the root, by another name than its host.
+        for above in (folder, *folder.parents):
+            # Without a limit there is no file, or no number in it.
+            with contextlib.suppress(OSError, ValueError):
+                yield int((above / file).read_text())
+
+
+class MemoryBudget:
+    """Memory that several threads share, so that together they take no more than a total."""
+
+    def __init__(self, total: int):
+        """Makes a budget that is free.
+
+        Args:
+            total: number of bytes.
+        """
+        self._total = self._free = total
+        self._queue: collections.deque[object] = collections.deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        """Takes memory while the context is open, after waiting until it is free.
+
+        Threads are served in the order in which they came, so that a large piece is not passed for
+        ever by small ones.
+
+        Args:
+            size: number of bytes. For more than the total, it waits until the whole budget is free.
+
+        Raises:
+            CancelledError: if the budget has been closed.
+        """
+        size, ticket = min(size, self._total), object()
+        with self._changed:
+            self._queue.append(ticket)
+            try:
+                self._changed.wait_for(
+                    lambda: self._closed or (self._queue[0] is ticket and self._free >= size)
+                )
+            finally:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+            if self._closed:
+                raise CancelledError("the budget is closed")
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Gives out no more memory; whoever waits for some gets an error."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 class Profile:

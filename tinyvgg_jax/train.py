@@ -1,7 +1,7 @@
 """Training: a run, or several at once, from its config to its summary."""
 
 import contextlib
-import importlib.metadata
+import dataclasses
 import logging
 import math
 import time
@@ -15,16 +15,18 @@ from ml_collections import ConfigDict
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.data import Split, fits_on_device
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError
-from tinyvgg_jax.evaluate import evaluate
+from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pipeline import DevicePipeline, StreamPipeline, stack, unstack
 from tinyvgg_jax.report.progress import (
-    ProgressBar,
-    epoch_line,
+    Command,
+    TrainingProgress,
+    evaluation_progress,
     tensorboard_scalars,
     tensorboard_writer,
 )
+from tinyvgg_jax.report.recipe import library_versions
 from tinyvgg_jax.runs import files, folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
@@ -33,8 +35,6 @@ from tinyvgg_jax.step import StepSums, TrainStep
 from tinyvgg_jax.system import Profile
 
 logger = logging.getLogger(__name__)
-
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
 class Member(NamedTuple):
@@ -77,30 +77,37 @@ def train_and_evaluate(
     ):
         if config.num_seeds > 1:
             return train_seeds(config, workdir)
-        return train_together({workdir: config})[0]
+        return train_together({workdir: config}, Command(workdir, {workdir: ""}))[0]
 
 
 def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains a config's seeds, each a run in a folder of its own, and summarises them."""
     folder.refuse_another_run(workdir, config)
     configs = {workdir / name: one for name, one in seeds.members(config).items()}
+    for path, one in configs.items():
+        folder.refuse_another_run(path, one)
     # Making the first run checks the config and the data before anything is written to the folder.
     first, first_config = next(iter(configs.items()))
-    splits = make_run(first_config, first).splits
+    run = make_run(first_config, first)
+    for path, one in configs.items():
+        check_folder(dataclasses.replace(run, config=one, workdir=path))
+    command = Command(workdir, dict(zip(configs, seeds.titles(config), strict=True)))
     with folder.locked(workdir):
-        files.write_json(workdir / "config.json", config.to_dict())
+        folder.write_config(workdir, config)
         summaries = None
         # A CPU is busy with one network already, and convolutions with a kernel for each image of
         # a batch are slow there.
         if _accelerated() and config.data.pipeline != "stream":
             try:
-                summaries = train_together(configs, splits)
+                summaries = train_together(configs, command, run.splits)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 logger.warning("The device has no room for all seeds at once; one after another.")
         if summaries is None:
-            summaries = [train_together({path: one}, splits)[0] for path, one in configs.items()]
+            summaries = [
+                train_together({path: one}, command, run.splits)[0] for path, one in configs.items()
+            ]
         summary = seeds.summarise(summaries)
         files.write_json(workdir / "summary.json", summary)
     return summary
@@ -110,13 +117,20 @@ def _accelerated() -> bool:
     return jax.default_backend() != "cpu"
 
 
+def check_folder(run: Run) -> None:
+    """Checks that a run's folder is new, or that the run can go on there; nothing is written."""
+    folder.refuse_other_data(run.workdir, run.config.data.name, run.splits, run.info)
+    folder.refuse_fewer_epochs(run.workdir, run.config.num_epochs, run.steps_per_epoch)
+
+
 def train_together(
-    configs: dict[Path, ConfigDict], splits: dict[str, Split] | None = None
+    configs: dict[Path, ConfigDict], command: Command, splits: dict[str, Split] | None = None
 ) -> list[dict[str, Any]]:
     """Trains runs that differ in their seeds only, in one program where their steps are the same.
 
     Args:
         configs: the config of each run by its folder; usually a single one.
+        command: the call that trains them.
         splits: the splits of all runs, if they have been loaded already.
 
     Returns:
@@ -129,6 +143,7 @@ def train_together(
             run = make_run(config, workdir, splits)
             splits = run.splits
             locks.enter_context(folder.locked(workdir))
+            check_folder(run)
             folder.describe(workdir, config, run.splits, run.info)
             runs.append(run)
         members = []
@@ -140,21 +155,24 @@ def train_together(
                 state = restore_state(run, checkpoints)
                 if state is not None:
                     folder.write_history(run.workdir, state.history)
-                    step = int(state.train.step)
-                    logger.info("Going on from step %d in %s.", step, run.workdir)
+                    step, title = int(state.train.step), command.titles[run.workdir]
+                    logger.info("%sGoing on from step %d in %s.", title, step, run.workdir)
                 members.append(Member(run, state or first_state(run), checkpoints))
-            # If an interruption let only some runs save, their steps differ: train each alone.
-            steps = {int(member.state.train.step) for member in members}
-            for group in [members] if len(steps) == 1 else [[member] for member in members]:
-                train(group)
-        return [finish(member.run, member.state) for member in members]
+            # Their steps differ if an interruption let only some runs save, or if some are new.
+            groups: dict[int, list[Member]] = {}
+            for member in members:
+                groups.setdefault(int(member.state.train.step), []).append(member)
+            for group in groups.values():
+                train(group, command)
+        return [finish(member.run, member.state, command) for member in members]
 
 
-def train(members: list[Member]) -> None:
+def train(members: list[Member], command: Command) -> None:
     """Trains runs that are at the same step to the end of their last epoch.
 
     Args:
         members: runs that differ in their seeds only. Their states change.
+        command: the call that trains them.
     """
     run, history = members[0].run, members[0].state.history
     num_epochs, batch_size = run.config.num_epochs, run.config.batch_size
@@ -162,11 +180,12 @@ def train(members: list[Member]) -> None:
         return
     pipeline = make_pipeline(run.train_step(), [member.run for member in members])
     profile = Profile(files.subfolder(run.workdir, "profile") if run.config.profile else None)
+    progress = TrainingProgress([member.run for member in members], command)
     with stop_signals() as received, contextlib.closing(profile), contextlib.ExitStack() as opened:
         writers = []
         for member in members:
             # Training goes on, so an earlier summary is out of date.
-            (member.run.workdir / "summary.json").unlink(missing_ok=True)
+            folder.remove_file(member.run.workdir / "summary.json")
             writers.append(tensorboard_writer(member.run.workdir, member.state.history))
             opened.callback(writers[-1].close)
         for epoch in range(len(history), num_epochs):
@@ -174,17 +193,17 @@ def train(members: list[Member]) -> None:
             state, sums = stack([(member.state.train, member.state.sums) for member in members])
             first_step = int(members[0].state.train.step) - epoch * run.steps_per_epoch
             start = time.perf_counter()
-            bar = ProgressBar(epoch + 1, num_epochs, first_step, run.steps_per_epoch, batch_size)
-            with contextlib.closing(bar):
+            with progress.epoch(epoch, first_step):
                 for result in pipeline.epoch(state, sums, epoch, first_step):
                     state, sums = result.state, result.sums
                     # Fetching the sums waits for the device, so only as often as people look.
-                    if bar.is_due():
-                        bar.show(result.step, fetch_finite(sums, run))
+                    if progress.is_due():
+                        progress.show(result.step, fetch_finite(sums, members))
                     profile.after_call(result.done)
                     if received:
                         break
-                fetched = fetch_finite(sums, run)
+                fetched = fetch_finite(sums, members)
+                progress.measure(int(fetched.examples.min()) // batch_size)
 
             # -- Each run takes its slice of the stacked state and its share of the time.
             seconds = (time.perf_counter() - start) / len(members)
@@ -196,18 +215,18 @@ def train(members: list[Member]) -> None:
             if received and fetched.examples.min() < run.steps_per_epoch * batch_size:
                 for member in members:
                     member.state.save(member.checkpoints, None)
-                raise interrupted(members, received[0])
+                raise interrupted(members, command, received[0])
 
             # -- Validation, checkpoint, log. A signal is heeded when the epoch is saved, after the
             # last epoch too: the evaluation of the splits, and other seeds, would take their time.
             for member, writer in zip(members, writers, strict=True):
-                record = end_epoch(member.run, member.state)
+                record = end_epoch(member.run, member.state, command)
                 member.state.save(member.checkpoints, record["validation_accuracy"])
                 folder.write_history(member.run.workdir, member.state.history)
                 tensorboard_scalars(writer, record)
-            logger.info("%s", epoch_line([m.state.history[-1] for m in members], num_epochs))
+            logger.info("%s", progress.epoch_line([m.state.history[-1] for m in members]))
             if received:
-                raise interrupted(members, received[0])
+                raise interrupted(members, command, received[0])
 
 
 def make_pipeline(step: TrainStep, runs: list[Run]) -> StreamPipeline | DevicePipeline:
@@ -225,11 +244,12 @@ def make_pipeline(step: TrainStep, runs: list[Run]) -> StreamPipeline | DevicePi
     return StreamPipeline(step, split, config.batch_size, keys)
 
 
-def fetch_finite(sums: StepSums, run: Run) -> StepSums:
+def fetch_finite(sums: StepSums, members: list[Member]) -> StepSums:
     """Fetches sums from the device; raises a DivergedError if a loss is not finite."""
     fetched: StepSums = jax.device_get(sums)
-    if fetched.diverged_at.any():
-        raise diverged("training", int(fetched.diverged_at.max()), run)
+    for member, step in zip(members, fetched.diverged_at.reshape(-1), strict=True):
+        if step:
+            raise diverged("training", int(step), member.run)
     return fetched
 
 
@@ -242,21 +262,20 @@ def diverged(which: str, step: int, run: Run) -> DivergedError:
     )
 
 
-def interrupted(members: list[Member], signal_number: int) -> InterruptedRunError:
+def interrupted(members: list[Member], command: Command, signal_number: int) -> InterruptedRunError:
     """Makes the error of a signal after which everything is saved."""
-    run, state = members[0].run, members[0].state
-    where = run.workdir if len(members) == 1 else run.workdir.parent
+    title, step = command.title([m.run for m in members]), int(members[0].state.train.step)
     return InterruptedRunError(
-        f"interrupted at step {int(state.train.step)}; everything is saved in {where}. "
+        f"{title}interrupted at step {step}; everything is saved in {command.workdir}. "
         "Run the same command again to go on from there.",
         signal_number,
     )
 
 
-def end_epoch(run: Run, state: RunState) -> dict[str, Any]:
+def end_epoch(run: Run, state: RunState, command: Command) -> dict[str, Any]:
     """Validates, adds the epoch's record to the history and begins the next epoch's sums."""
     sums, step = jax.device_get(state.sums), int(state.train.step)
-    validation = evaluate(run.model, state.train.evaluated, run.splits["validation"])
+    validation = evaluate_split(run, state, "validation", command)
     if not math.isfinite(validation.loss):
         raise diverged("validation", step, run)
     record = {
@@ -275,26 +294,46 @@ def end_epoch(run: Run, state: RunState) -> dict[str, Any]:
     return record
 
 
-def finish(run: Run, state: RunState) -> dict[str, Any]:
+def evaluate_split(run: Run, state: RunState, name: str, command: Command) -> Evaluation:
+    """Evaluates a run's parameters on a split, shows the progress and measures the speed."""
+    split, start = run.splits[name], time.perf_counter()
+    title = f"{command.titles[run.workdir]}evaluating {name}"
+    with evaluation_progress(title, len(split)) as on_progress:
+        result = evaluate(run.model, state.train.evaluated, split, on_progress=on_progress)
+    command.pace.evaluation = (time.perf_counter() - start) / len(split)
+    return result
+
+
+def finish(run: Run, state: RunState, command: Command) -> dict[str, Any]:
     """Evaluates the last parameters on every split and writes summary.json, unless it is there."""
-    step = int(state.train.step)
+    step, title = int(state.train.step), command.titles[run.workdir]
     summary = folder.read_summary(run.workdir)
     if summary is not None and summary["step"] == step:
-        logger.info("This run is finished already.")
+        logger.info("%sThis run is finished already.", title)
         return summary
-    logger.info("Evaluating ...")
-    summary = {}
-    for name, split in run.splits.items():
-        result = evaluate(run.model, state.train.evaluated, split)
+    logger.info("%sEvaluating ...", title)
+    summary, guessing_losses = {}, {}
+    for name in run.splits:
+        result = evaluate_split(run, state, name, command)
         summary[f"{name}_accuracy"] = result.accuracy
         summary[f"{name}_loss"] = result.mean_loss
+        guessing_losses[name] = result.guessing_loss
     summary |= {
         "dataset": run.config.data.name,
         "step": step,
         "parameters": count_parameters(state.train.params),
         "seconds": sum(record["seconds"] for record in state.history),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": library_versions(),
     }
     files.write_json(run.workdir / "summary.json", summary)
+    # Written so that it warns of a loss that is not a number, too.
+    if not summary["train_loss"] < guessing_losses["train"]:
+        logger.warning(
+            "%sThe train loss, %.4g, is no better than that of guessing, %.4g: the training has "
+            "diverged, or hardly begun. Try a lower --config.learning_rate in another --workdir.",
+            title,
+            summary["train_loss"],
+            guessing_losses["train"],
+        )
     return summary

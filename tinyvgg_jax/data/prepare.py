@@ -20,6 +20,7 @@ from tinyvgg_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 NAME = "fashion_mnist"
+IMAGE_SHAPE = (28, 28, 1)
 # The version of tfds's own FashionMNIST.
 DATASET_VERSION = "3.0.1"
 CLASS_NAMES = (

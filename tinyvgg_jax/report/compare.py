@@ -1,5 +1,6 @@
 """Comparison of runs: accuracy with its interval, size, training time, and significance."""
 
+import logging
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,14 +16,17 @@ from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.report.evaluation import (
     CheckpointEvaluation,
     DataFolders,
+    check_split,
     evaluate_each_seed,
 )
-from tinyvgg_jax.report.plots import png
+from tinyvgg_jax.report.plots import drawable, png
 from tinyvgg_jax.report.scores import McNemar, accuracy_interval, mcnemar
-from tinyvgg_jax.report.terminal import printable
+from tinyvgg_jax.report.tables import columns, percentage
 from tinyvgg_jax.runs import seeds
 from tinyvgg_jax.runs.files import write_bytes, write_json, writing_to
 from tinyvgg_jax.runs.folder import read_summary
+
+logger = logging.getLogger(__name__)
 
 _AS_IN_CONFIGS = DataFolders()
 # The table has a line for each pair of runs up to this many runs; beyond, each is compared with the
@@ -37,9 +41,10 @@ class ComparedRun(NamedTuple):
         name: the run's folder.
         step: number of optimizer steps of the checkpoint.
         accuracy: a fraction; the mean over the seeds.
+        std: standard deviation over the seeds, a fraction; None for a single seed.
         interval: lower and upper bound of the 95 % confidence interval, as fractions. For a single
             seed it is Wilson's, which covers the choice of test images; for several seeds it is
-            Student's interval of the mean, which covers the choice of seeds.
+            that of `seeds.statistics_of`, which covers the choice of seeds; for two seeds None.
         parameters: number of parameters of the network.
         seconds: training time; None if the run is not finished.
         accuracies: accuracy of each seed, as fractions.
@@ -49,7 +54,8 @@ class ComparedRun(NamedTuple):
     name: str
     step: int
     accuracy: float
-    interval: tuple[float, float]
+    std: float | None
+    interval: tuple[float, float] | None
     parameters: int
     seconds: float | None
     accuracies: list[float]
@@ -67,11 +73,13 @@ class Welch(NamedTuple):
 
     Attributes:
         interval: lower and upper bound of the 95 % confidence interval of the difference of the
-            mean accuracies, as fractions.
+            mean accuracies, as fractions. What would leave [-1, 1], where every difference lies, is
+            cut off, which makes the interval no less likely to hold the difference. None if a
+            recipe has two seeds only, as in `seeds.statistics_of`, or no recipe varies.
         p_value: probability of a difference at least this large if both are equally good.
     """
 
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     p_value: float
 
 
@@ -99,7 +107,8 @@ def compare_runs(
     """Evaluates runs on the same examples and tests each pair for a significant difference.
 
     Args:
-        workdirs: folders of two runs or more.
+        workdirs: folders of two runs or more. Among them may be files, folders without a run, and
+            runs without a checkpoint, as in `runs/*`; they are left out, which is logged.
         split: "train", "validation" or "test".
         step: as in `restore`.
         folders: folders of the data that replace those of the runs' configs.
@@ -111,18 +120,42 @@ def compare_runs(
         UserError: if there are fewer than two runs, one cannot be evaluated, or their splits
             differ.
     """
-    if len(workdirs) < 2:
-        raise UserError("--mode compare needs the folders of two runs or more.")
+    check_split(split)
+    found = _runs_among(workdirs)
     runs: list[ComparedRun] = []
     first: Split | None = None
-    for workdir in workdirs:
+    for workdir in found:
         evaluated = evaluate_each_seed(workdir, split, step, folders)
         first = first or evaluated[0].data
         if not _same(first, evaluated[0].data):
-            raise UserError(f"{workdirs[0]} and {workdir} have different {split} splits.")
+            raise UserError(f"{found[0]} and {workdir} have different {split} splits.")
         runs.append(_result(workdir, evaluated))
     pairs = combinations(range(len(runs)), 2)
     return Comparison(split, runs, {(i, j): _test(runs[i], runs[j]) for i, j in pairs})
+
+
+def _runs_among(workdirs: Sequence[str | Path]) -> list[str | Path]:
+    """Leaves out what is no run with a checkpoint, and logs it; a missing path is an error."""
+    found: list[str | Path] = []
+    others: list[str | Path] = []
+    for workdir in workdirs:
+        path = local_path(workdir)
+        if not path.exists():
+            raise UserError(f"there is no folder {workdir}.")
+        (found if _is_run_with_checkpoint(path) else others).append(workdir)
+    left_out = ", ".join(map(str, others))
+    if len(found) < 2:
+        reason = f"; these hold no run, or no checkpoint yet: {left_out}" if others else ""
+        raise UserError(f"--mode compare needs the folders of two runs or more{reason}.")
+    if others:
+        logger.warning("Left out, because they hold no run, or no checkpoint yet: %s", left_out)
+    return found
+
+
+def _is_run_with_checkpoint(path: Path) -> bool:
+    # Runs of several seeds have their checkpoints in the folders of the seeds.
+    checkpoints = [path / "checkpoints", *path.glob("seed_*/checkpoints")]
+    return (path / "config.json").exists() and any(any(c.glob("[0-9]*")) for c in checkpoints)
 
 
 def _same(first: Split, second: Split) -> bool:
@@ -133,17 +166,21 @@ def _same(first: Split, second: Split) -> bool:
 
 def _result(workdir: str | Path, evaluated: list[CheckpointEvaluation]) -> ComparedRun:
     """Summarises the evaluations of a run's seeds."""
+    summary = read_summary(local_path(workdir))
     result = evaluated[0].result
     accuracies = [one.result.accuracy for one in evaluated]
     statistics = seeds.statistics_of(accuracies)
-    interval = statistics["interval"] or accuracy_interval(result.correct, result.count)
+    interval = statistics["interval"]
+    if len(evaluated) == 1:
+        interval = accuracy_interval(result.correct, result.count)
     return ComparedRun(
         str(workdir),
         evaluated[0].step,
         statistics["mean"],
-        (interval[0], interval[1]),
+        statistics["std"],
+        interval and (interval[0], interval[1]),
         evaluated[0].parameters,
-        _seconds(local_path(workdir)),
+        None if summary is None else summary["seconds"],
         accuracies,
         result.predicted == evaluated[0].data.labels,
     )
@@ -156,36 +193,33 @@ def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
         return mcnemar(first.correct, second.correct)
     if min(len(a), len(b)) == 1:
         return None
+    if first.std == second.std == 0:
+        # SciPy's t would be 0 / 0 or infinite.
+        return Welch(None, 1.0 if first.accuracy == second.accuracy else 0.0)
     from scipy import stats
 
     found = stats.ttest_ind(a, b, equal_var=False)
+    if min(len(a), len(b)) == 2:
+        return Welch(None, float(found.pvalue))
     interval = found.confidence_interval(0.95)
-    return Welch((float(interval.low), float(interval.high)), float(found.pvalue))
-
-
-def _seconds(workdir: Path) -> float | None:
-    """Reads the training time from `summary.json`; None if it is missing or damaged."""
-    summary = read_summary(workdir)
-    return None if summary is None else float(summary["seconds"])
+    bounds = (max(-1.0, float(interval.low)), min(1.0, float(interval.high)))
+    return Welch(bounds, float(found.pvalue))
 
 
 def comparison_table(comparison: Comparison) -> str:
     """Formats a comparison for the terminal: a row for each run, then a line for each test."""
     runs = comparison.runs
-    names = [printable(run.name) for run in runs]
-    width = max(len("run"), *map(len, names))
-    accuracy = f"{comparison.split} accuracy"
-    lines = [
-        f"    {'run':<{width}}  {accuracy}  {'95 % interval':>15}  {'parameters':>10}  {'time':>8}"
-    ]
+    several = any(len(run.accuracies) > 1 for run in runs)
+    head = ["", "run", f"{comparison.split} accuracy", *(["seeds", "std"] if several else [])]
+    rows = [[*head, "95 % interval", "parameters", "time"]]
     for index, run in enumerate(runs, start=1):
-        low, high = run.interval
+        row = [f"{index}", run.name, percentage(run.accuracy)]
+        if several:
+            row += [f"{len(run.accuracies)}", "-" if run.std is None else f"{run.std:.2%}"]
+        interval = "-" if run.interval is None else "-".join(map(percentage, run.interval))
         seconds = "-" if run.seconds is None else f"{run.seconds:,.0f} s"
-        lines.append(
-            f"{index:>2}  {names[index - 1]:<{width}}  {run.accuracy:>{len(accuracy)}.2%}  "
-            f"{low:>7.2%}-{high:.2%}  {run.parameters:>10,}  {seconds:>8}"
-        )
-    lines.append("")
+        rows.append([*row, interval, f"{run.parameters:,}", seconds])
+    lines = [*columns(rows, left=(1,)), ""]
     best = max(range(len(runs)), key=lambda index: runs[index].accuracy)
     for (i, j), test in comparison.tests.items():
         if len(runs) <= _MAX_RUNS_FOR_ALL_PAIRS or best in (i, j):
@@ -195,6 +229,8 @@ def comparison_table(comparison: Comparison) -> str:
             "The interval of a single seed covers the choice of images only, and McNemar's test\n"
             "compares two networks, not two recipes. To compare recipes, train several seeds."
         )
+    if any(len(run.accuracies) == 2 for run in runs):
+        lines.append("Two seeds give no useful interval; train three or more.")
     return "\n".join(lines)
 
 
@@ -205,11 +241,9 @@ def _test_line(first: ComparedRun, second: ComparedRun, test: McNemar | Welch | 
         return f"{gap}; no test of several seeds against a single one"
     found = "significant" if test.p_value < 0.05 else "not significant"
     if isinstance(test, Welch):
-        low, high = (f"{100 * bound:+.2f}" for bound in test.interval)
-        return (
-            f"{gap} (95 % interval {low} to {high}), {found} "
-            f"(Welch's t-test, p = {test.p_value:.2g})"
-        )
+        if test.interval:
+            gap += " (95 % interval {:+.2f} to {:+.2f})".format(*(100 * x for x in test.interval))
+        return f"{gap}, {found} (Welch's t-test, p = {test.p_value:.2g})"
     return (
         f"{gap}, {found} (McNemar's test, p = {test.p_value:.2g}; predicted correctly by the "
         f"first only: {test.only_first}, by the second only: {test.only_second})"
@@ -219,17 +253,21 @@ def _test_line(first: ComparedRun, second: ComparedRun, test: McNemar | Welch | 
 # A dollar sign in a name does not begin a formula.
 @matplotlib.rc_context({"text.parse_math": False})
 def draw_comparison(comparison: Comparison) -> Figure:
-    """Draws the accuracy of each run with its confidence interval."""
+    """Draws the accuracy of each run with its confidence interval, and of each of several seeds."""
     runs = comparison.runs
     figure = Figure(figsize=(8, 1.4 + 0.45 * len(runs)), layout="constrained", facecolor="white")
     axes = figure.subplots()
     rows = range(len(runs))
     for row, run in enumerate(runs):
-        low, high = (100 * bound for bound in run.interval)
-        axes.plot([low, high], [row, row], color="#b5451c", linewidth=2, solid_capstyle="round")
+        if run.interval:
+            bounds = [100 * bound for bound in run.interval]
+            axes.plot(bounds, [row, row], color="#b5451c", linewidth=2, solid_capstyle="round")
+        if len(run.accuracies) > 1:
+            seeds = [100 * accuracy for accuracy in run.accuracies]
+            axes.plot(seeds, [row] * len(seeds), "|", color="#22201d", markersize=9, zorder=3)
         axes.plot([100 * run.accuracy], [row], "o", color="#b5451c")
         axes.annotate(
-            f"{run.accuracy:.2%}",
+            percentage(run.accuracy),
             (100 * run.accuracy, row),
             xytext=(0, 7),
             textcoords="offset points",
@@ -238,7 +276,10 @@ def draw_comparison(comparison: Comparison) -> Figure:
         )
     axes.set_yticks(rows, [_axis_label(run) for run in runs])
     axes.set(ylim=(len(runs) - 0.5, -0.7))
-    axes.set_xlabel(f"Accuracy on the {comparison.split} split (%), with 95 % confidence interval")
+    axes.set_xlabel(
+        f"Accuracy on the {comparison.split} split (%), with 95 % confidence interval"
+        + ("; strokes: seeds" if any(len(run.accuracies) > 1 for run in runs) else "")
+    )
     axes.grid(axis="x", color="#e4e0da")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -248,11 +289,9 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 def _axis_label(run: ComparedRun, longest: int = 32) -> str:
     """Names a run and its size in two lines; a long name loses its beginning."""
-    # A file name may hold bytes that are no text, which matplotlib cannot draw.
-    name = run.name.encode(errors="replace").decode()
-    name = name if len(name) <= longest else "..." + name[-longest + 3 :]
+    name = run.name if len(run.name) <= longest else "..." + run.name[-longest + 3 :]
     seeds = f", {len(run.accuracies)} seeds" if len(run.accuracies) > 1 else ""
-    return f"{name}\n{run.parameters:,} parameters{seeds}"
+    return f"{drawable(name)}\n{run.parameters:,} parameters{seeds}"
 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> Path:

@@ -21,6 +21,7 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
 from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.report.progress import evaluation_progress
 from tinyvgg_jax.report.scores import calibration, confusion_matrix, precision_recall_f1
 from tinyvgg_jax.runs import seeds
 from tinyvgg_jax.runs.files import subfolder, write_json
@@ -55,21 +56,28 @@ class CheckpointEvaluation:
         workdir: the run's folder.
         split: the split's name.
         step: number of optimizer steps of the checkpoint.
+        config: the run's config.
         data: the split's examples.
         info: the dataset's image shape and class names.
         parameters: number of parameters of the network.
+        history: one record for each finished epoch, as in `metrics.jsonl`, but verified, since the
+            checkpoint holds it under its digest.
         result: sums and logits on the images.
         flipped: sums and logits on the mirrored images; None without flip averaging.
+        folders: folders of the data that replaced those of the config.
     """
 
     workdir: Path
     split: str
     step: int
+    config: ConfigDict
     data: Split
     info: DatasetInfo
     parameters: int
+    history: list[dict[str, Any]]
     result: Evaluation
     flipped: Evaluation | None = None
+    folders: DataFolders = _AS_IN_CONFIG
 
     @property
     def flip_averaged_accuracy(self) -> float | None:
@@ -97,6 +105,7 @@ def evaluate_checkpoint(
     step: int | str = "latest",
     folders: DataFolders = _AS_IN_CONFIG,
     flip_averaging: bool = False,
+    title: str = "",
 ) -> CheckpointEvaluation:
     """Evaluates a checkpoint of a run; nothing is written.
 
@@ -106,6 +115,7 @@ def evaluate_checkpoint(
         step: as in `restore`.
         folders: folders of the data that replace those of the run's config.
         flip_averaging: whether to evaluate the mirrored images too.
+        title: the beginning of the progress bar, to name one run among several.
 
     Returns:
         The evaluation.
@@ -121,21 +131,26 @@ def evaluate_checkpoint(
     splits, info = load_splits(config.data.name, wanted, *_folders_here(config, folders))
     if info != read_dataset(workdir):
         raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
-    data = splits[split]
-    result = evaluate(model, restored.params, data)
+    data, title = splits[split], f"{title}evaluating {split}"
+    with evaluation_progress(title, len(data)) as on_progress:
+        result = evaluate(model, restored.params, data, on_progress=on_progress)
     flipped = None
     if flip_averaging:
         mirrored = Split(np.ascontiguousarray(data.images[:, :, ::-1]), data.labels)
-        flipped = evaluate(model, restored.params, mirrored)
+        with evaluation_progress(f"{title}, mirrored", len(data)) as on_progress:
+            flipped = evaluate(model, restored.params, mirrored, on_progress=on_progress)
     return CheckpointEvaluation(
         workdir,
         split,
         restored.step,
+        config,
         data,
         info,
         count_parameters(restored.params),
+        restored.progress["history"],
         result,
         flipped,
+        folders,
     )
 
 
@@ -167,9 +182,9 @@ def evaluation_content(evaluated: CheckpointEvaluation) -> dict[str, Any]:
         `precision`, `recall` and `f1`; and with flip averaging `flip_averaged_accuracy`. All
         accuracies and scores are fractions.
     """
-    result, names = evaluated.result, evaluated.info.class_names
+    result = evaluated.result
+    names = evaluated.info.class_names
     confusion = confusion_matrix(evaluated.data.labels, result.predicted, len(names))
-    scores = np.stack(precision_recall_f1(confusion), axis=1)
     content = {
         "accuracy": result.accuracy,
         "loss": result.mean_loss,
@@ -179,23 +194,34 @@ def evaluation_content(evaluated: CheckpointEvaluation) -> dict[str, Any]:
         "expected_calibration_error": calibration(
             result.probabilities, evaluated.data.labels
         ).expected_error,
-        "per_class": [
-            {
-                "class": name,
-                "accuracy": int(correct) / int(count) if count else None,
-                "count": int(count),
-                "correct": int(correct),
-                **dict(zip(("precision", "recall", "f1"), map(float, score), strict=True)),
-            }
-            for name, correct, count, score in zip(
-                names, result.correct_per_class, result.count_per_class, scores, strict=True
-            )
-        ],
+        "per_class": _per_class(confusion, names),
         "confusion": confusion.tolist(),
     }
     if evaluated.flipped is not None:
         content["flip_averaged_accuracy"] = evaluated.flip_averaged_accuracy
     return content
+
+
+def _per_class(confusion: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Makes `per_class` of `evaluation_content`.
+
+    Args:
+        confusion: `[C, C]` int, as from `confusion_matrix`.
+        names: C names.
+    """
+    counts = confusion.sum(axis=1).tolist()
+    correct = np.diagonal(confusion).tolist()
+    scores = np.stack(precision_recall_f1(confusion), axis=1).tolist()
+    return [
+        {
+            "class": name,
+            "accuracy": right / count if count else None,
+            "count": count,
+            "correct": right,
+            **dict(zip(("precision", "recall", "f1"), score, strict=True)),
+        }
+        for name, right, count, score in zip(names, correct, counts, scores, strict=True)
+    ]
 
 
 def write_evaluation(workdir: Path, split: str, content: dict[str, Any]) -> None:
@@ -204,7 +230,7 @@ def write_evaluation(workdir: Path, split: str, content: dict[str, Any]) -> None
     Args:
         workdir: the run's folder.
         split: the split's name.
-        content: as from `evaluation_content` or `evaluate_seeds`.
+        content: as from `evaluation_content` or `seeds_content`.
 
     Raises:
         UserError: if the file cannot be written.
@@ -230,8 +256,8 @@ def evaluate_each_seed(
     config = read_config(workdir)
     folders = _folders_here(config, folders)
     evaluated = [
-        evaluate_checkpoint(folder, split, step, folders, flip_averaging)
-        for folder in seeds.folders(workdir, config)
+        evaluate_checkpoint(folder, split, step, folders, flip_averaging, title)
+        for folder, title in zip(seeds.folders(workdir, config), seeds.titles(config), strict=True)
     ]
     steps = [one.step for one in evaluated]
     # A mean over trained and half-trained networks would say nothing about the recipe.
@@ -243,50 +269,39 @@ def evaluate_each_seed(
     return evaluated
 
 
-def evaluate_seeds(
-    workdir: str | Path,
-    split: str = "test",
-    step: int | str = "latest",
-    folders: DataFolders = _AS_IN_CONFIG,
-    flip_averaging: bool = False,
-) -> dict[Path, dict[str, Any]]:
-    """Evaluates the runs of several seeds, and their ensemble; nothing is written.
+def seeds_content(each: list[CheckpointEvaluation]) -> dict[str, Any]:
+    """Makes the content of `evaluation/SPLIT.json` in the folder of several seeds.
 
     The ensemble predicts the class with the highest mean of the runs' probabilities.
 
     Args:
-        workdir: the folder of all seeds, which `train_and_evaluate` wrote.
-        split: as in `evaluate_checkpoint`.
-        step: as in `evaluate_checkpoint`.
-        folders: as in `evaluate_checkpoint`.
-        flip_averaging: as in `evaluate_checkpoint`.
+        each: the evaluations of the seeds, as from `evaluate_each_seed`.
 
     Returns:
-        For the folder of each seed, its `evaluation_content`. For `workdir`, `accuracy` and `loss`,
-        which are means; `seeds`, the `seeds.statistics_of` accuracy, loss and, with flip averaging,
-        `flip_averaged_accuracy`; and `ensemble` with its `accuracy`, `correct` and `count`.
-
-    Raises:
-        UserError: as `evaluate_each_seed`.
+        `accuracy` and `loss`, which are means; `seeds`, the `seeds.statistics_of` accuracy, loss
+        and, with flip averaging, `flip_averaged_accuracy`; `ensemble` with its `accuracy`,
+        `correct` and `count`; and `confusion` and `per_class` as in `evaluation_content`, summed
+        over the seeds.
     """
-    check_split(split)
-    workdir = local_path(workdir)
-    each = evaluate_each_seed(workdir, split, step, folders, flip_averaging)
-    contents = {one.workdir: evaluation_content(one) for one in each}
+    contents = [evaluation_content(one) for one in each]
     # The class with the highest sum is the class with the highest mean.
     total = sum(one.result.probabilities for one in each)
     correct = int((np.argmax(total, axis=1) == each[0].data.labels).sum())
     count = each[0].result.count
     measured = ["accuracy", "loss"]
-    if flip_averaging:
+    if each[0].flipped is not None:
         measured.append("flip_averaged_accuracy")
     found = {
-        name: seeds.statistics_of([one[name] for one in contents.values()]) for name in measured
+        name: seeds.statistics_of([one[name] for one in contents], name != "loss")
+        for name in measured
     }
-    contents[workdir] = {
+    confusion = sum(np.asarray(one["confusion"]) for one in contents)
+    assert isinstance(confusion, np.ndarray)
+    return {
         "accuracy": found["accuracy"]["mean"],
         "loss": found["loss"]["mean"],
         "seeds": found,
         "ensemble": {"accuracy": correct / count, "correct": correct, "count": count},
+        "per_class": _per_class(confusion, each[0].info.class_names),
+        "confusion": confusion.tolist(),
     }
-    return contents

@@ -1,6 +1,9 @@
 """Explanation of a prediction: the feature maps of each block, and Grad-CAM."""
 
 import dataclasses
+import hashlib
+import itertools
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,13 +14,14 @@ import matplotlib
 import numpy as np
 from jax import Array
 from matplotlib.figure import Figure, SubFigure
+from PIL import Image
 
 from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.ops.pooling import max_pool_2x2
-from tinyvgg_jax.paths import local_path
-from tinyvgg_jax.pictures import load_picture
+from tinyvgg_jax.paths import local_path, open_regular
+from tinyvgg_jax.pictures import load_picture, quiet_pillow
 from tinyvgg_jax.predict import Predictor, load_predictor
-from tinyvgg_jax.report.plots import png
+from tinyvgg_jax.report.plots import png, short
 from tinyvgg_jax.runs.files import subfolder, write_bytes, writing_to
 from tinyvgg_jax.step import to_float
 
@@ -112,7 +116,9 @@ def explain_file(
     Args:
         workdir: the run's folder.
         path: the picture file.
-        output: the PNG to write; by default `explain/NAME.png` in the run's folder.
+        output: the PNG to write; by default `explain/NAME.png` in the run's folder, NAME being the
+            picture's without its suffix. Where another image is explained in a file of that name
+            already, it is `NAME-2.png` and so on.
         invert: "auto", "yes" or "no", as in `pictures.normalise`.
         step: as in `restore`.
 
@@ -124,16 +130,45 @@ def explain_file(
     """
     workdir, path = local_path(workdir), local_path(path)
     predictor = load_predictor(workdir, step)
-    picture = load_picture(path, predictor.image_shape, invert)
+    with quiet_pillow():
+        picture = load_picture(path, predictor.image_shape, invert)
     explanation = explain(predictor, picture.pixels)
+    source = hashlib.sha256(picture.pixels.tobytes()).hexdigest()
     if output:
         target = local_path(output)
         with writing_to(target):
             target.parent.mkdir(parents=True, exist_ok=True)
     else:
-        target = subfolder(workdir, "explain") / f"{path.stem}.png"
-    write_bytes(target, png(draw(explanation, predictor.class_names), dpi=100))
+        target = _free_name(subfolder(workdir, "explain"), path.stem, source)
+    figure = draw(explanation, predictor.class_names)
+    write_bytes(target, png(figure, dpi=100, metadata={"Source": source}))
     return target
+
+
+def _free_name(folder: Path, stem: str, source: str) -> Path:
+    """Finds the first of `STEM.png`, `STEM-2.png` and so on that an explanation may take.
+
+    Args:
+        folder: the folder of the run's explanations.
+        stem: the name of the picture, without its suffix.
+        source: what identifies the explained image, whose own earlier explanation is replaced.
+
+    Returns:
+        The path.
+    """
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for n in names if _is_free(path := folder / f"{n}.png", source))
+
+
+def _is_free(path: Path, source: str) -> bool:
+    """Checks that there is no file of that name, or an explanation of the same image."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+            return bool(image.info.get("Source") == source)
+    except Exception:  # It is something else, and Pillow may raise anything.
+        return False
 
 
 # A dollar sign in a class name does not begin a formula.
@@ -194,7 +229,7 @@ def _draw_prediction(
     bars.barh(range(len(order)), probabilities, color=["#b5451c"] + ["#c9c4bc"] * (len(order) - 1))
     for row, probability in enumerate(probabilities):
         bars.text(probability + 0.01, row, f"{probability:.1%}", va="center", fontsize=10)
-    bars.set_yticks(range(len(order)), [class_names[label] for label in order])
+    bars.set_yticks(range(len(order)), [short(class_names[label]) for label in order])
     bars.set(xlim=(0, 1.15), ylim=(len(order) - 0.4, -0.6))
     bars.set_title("Prediction", fontsize=11)
     bars.tick_params(left=False, bottom=False, labelbottom=False)

@@ -1,16 +1,30 @@
 """The figures of a report: functions from arrays to Matplotlib figures, in light or dark."""
 
 import dataclasses
+import functools
 import io
+import textwrap
+import unicodedata
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from tinyvgg_jax.report.scores import Calibration
+from tinyvgg_jax.report.tables import percentage
+
+# Numbers do not fit into the confusion matrix of more classes.
+MAX_CLASSES_WITH_NUMBERS = 20
+# Text on a darker cell has the background's colour.
+DEEP_SHADE = 0.75
+# The calibration curve has no line through bins of fewer images, where it would be chance.
+MIN_IMAGES_IN_BIN = 10
+_LONGEST_NAME = 20
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +50,41 @@ LIGHT = Theme("#ffffff", "#22201d", "#dcd7d0", "#b5451c", "#2f6f8f")
 DARK = Theme("#1d1c1a", "#ece8e1", "#4a4641", "#f08a5d", "#7cc0dd")
 
 
-def png(figure: Figure, dpi: int = 140) -> bytes:
-    """Renders a figure as the bytes of a PNG file."""
+def png(figure: Figure, dpi: int = 140, metadata: dict[str, str] | None = None) -> bytes:
+    """Renders a figure as the bytes of a PNG file, with `metadata` among its text."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=dpi, metadata=metadata)
     return buffer.getvalue()
+
+
+@functools.cache
+def _drawable_characters() -> frozenset[int]:
+    """Lists the code points that Matplotlib's own font has."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return frozenset(font.get_charmap())
+
+
+def drawable(text: str) -> str:
+    """Replaces what Matplotlib cannot draw, like emoji, by the replacement character.
+
+    Without that it would warn, and draw an empty box. Control characters become spaces.
+    """
+    result = ""
+    for character in text:
+        category = unicodedata.category(character)
+        if category in ("Cf", "Me", "Mn") and result.endswith(_REPLACEMENT):
+            continue  # It joins or changes an emoji that is replaced.
+        if category in ("Cc", "Zl", "Zp"):
+            result += " "
+        else:
+            result += character if ord(character) in _drawable_characters() else _REPLACEMENT
+    return result
+
+
+def short(name: str, longest: int = _LONGEST_NAME) -> str:
+    """Makes a label from a class name: drawable, and without the end of a long name."""
+    name = drawable(name)
+    return name if len(name) <= longest else name[: longest - 3].rstrip() + "..."
 
 
 def _figure(width: float, height: float, theme: Theme) -> Figure:
@@ -58,6 +102,21 @@ def _style(axes: Axes, theme: Theme) -> None:
         label.set_color(theme.ink)
 
 
+def confusion_shades(matrix: np.ndarray) -> np.ndarray:
+    """Computes the shades of a confusion matrix's cells.
+
+    Square roots keep errors of a few percent visible beside the diagonal.
+
+    Args:
+        matrix: `[C, C]` int, as in `confusion_matrix`.
+
+    Returns:
+        `[C, C]` in [0, 1], from the background's colour to the full one.
+    """
+    return np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
+
+
+@matplotlib.rc_context({"text.parse_math": False})
 def confusion_matrix(
     matrix: np.ndarray, class_names: tuple[str, ...], theme: Theme = LIGHT
 ) -> Figure:
@@ -71,32 +130,47 @@ def confusion_matrix(
     Returns:
         The figure. With more than 20 classes it has colours only, since numbers would not fit.
     """
-    percentages = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = max(5.0, 1.6 + 0.62 * len(class_names))
-    figure = _figure(side, side, theme)
+    with_numbers = len(class_names) <= MAX_CLASSES_WITH_NUMBERS
+    side = 2.2 + len(class_names) * (0.62 if with_numbers else 0.15)
+    figure = _figure(max(5.0, side), max(5.0, side), theme)
     axes = figure.subplots()
     colours = LinearSegmentedColormap.from_list("percentages", [theme.background, theme.first])
-    # Square roots keep errors of a few percent visible beside the diagonal.
-    axes.imshow(np.sqrt(percentages), cmap=colours, vmin=0, vmax=10)
+    axes.imshow(confusion_shades(matrix), cmap=colours, vmin=0, vmax=1)
     _style(axes, theme)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
+    places, labels = range(len(class_names)), [short(name) for name in class_names]
+    size = 10.0 if with_numbers else 7.5
     axes.set_xticks(
-        range(len(class_names)), class_names, rotation=40, ha="right", rotation_mode="anchor"
+        places,
+        labels,
+        fontsize=size,
+        rotation=40 if with_numbers else 90,
+        ha="right",
+        va="top" if with_numbers else "center",
+        rotation_mode="anchor",
     )
-    axes.set_yticks(range(len(class_names)), class_names)
+    axes.set_yticks(places, labels, fontsize=size)
     axes.set(xlabel="Predicted class", ylabel="True class")
-    for (row, column), count in np.ndenumerate(matrix):
-        if not count or len(class_names) > 20:
-            continue
-        percentage = percentages[row, column]
-        label = f"{percentage:.0f}%" if percentage >= 1 else "<1%"
-        colour = theme.background if percentage > 35 else theme.ink
-        for text, shift, size in ((f"{count:,}", -0.14, 9.5), (label, 0.22, 7.0)):
-            axes.text(
-                column, row + shift, text, ha="center", va="center", color=colour, fontsize=size
-            )
+    if with_numbers:
+        _write_numbers(axes, matrix, theme)
     return figure
+
+
+def _write_numbers(axes: Axes, matrix: np.ndarray, theme: Theme) -> None:
+    """Writes counts and percentages into the cells of a confusion matrix."""
+    totals, shades = matrix.sum(axis=1), confusion_shades(matrix)
+    # A cell is as wide as five characters of this size.
+    size = 11.0 * min(1.0, 5 / len(f"{matrix.max():,}"))
+    for (row, column), count in np.ndenumerate(matrix):
+        if not count:
+            continue
+        colour = theme.background if shades[row, column] > DEEP_SHADE else theme.ink
+        share = percentage(count / totals[row], 1)
+        for text, shift, one in ((f"{count:,}", -0.17, size), (share, 0.2, 9.0)):
+            axes.text(
+                column, row + shift, text, ha="center", va="center", color=colour, fontsize=one
+            )
 
 
 def calibration_curve(curve: Calibration, theme: Theme = LIGHT) -> Figure:
@@ -107,11 +181,11 @@ def calibration_curve(curve: Calibration, theme: Theme = LIGHT) -> Figure:
         theme: the colours.
 
     Returns:
-        The figure.
+        The figure. Each point has its 95 % confidence interval; a line connects the points of bins
+        that are not nearly empty.
     """
-    figure = _figure(5.4, 5.2, theme)
+    figure = _figure(5.4, 5.6, theme)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    filled = curve.counts > 0
     edges = 100 * np.linspace(0, 1, len(curve.counts) + 1)
     upper.plot(
         [0, 100],
@@ -121,16 +195,24 @@ def calibration_curve(curve: Calibration, theme: Theme = LIGHT) -> Figure:
         linestyle="--",
         label="perfect calibration",
     )
-    upper.plot(
-        100 * curve.confidence[filled],
-        100 * curve.accuracy[filled],
+    confidence, accuracy = 100 * curve.confidence, 100 * curve.accuracy
+    low, high = 100 * curve.intervals.T
+    filled, enough = curve.counts > 0, curve.counts >= MIN_IMAGES_IN_BIN
+    upper.plot(confidence[enough], accuracy[enough], color=theme.first)
+    upper.errorbar(
+        confidence[filled],
+        accuracy[filled],
+        # Rounding may leave a bound on the wrong side by 1e-16.
+        yerr=np.maximum([accuracy - low, high - accuracy], 0)[:, filled],
         color=theme.first,
-        marker="o",
+        fmt="o",
         markersize=4,
-        label="this network",
+        elinewidth=1,
+        capsize=2,
+        label="this network, with 95 % interval",
     )
-    upper.legend(loc="upper left", frameon=False, labelcolor=theme.ink)
-    upper.set(ylabel="Accuracy (%)", ylim=(0, 102), xlim=(0, 100))
+    upper.legend(loc="best", frameon=False, labelcolor=theme.ink)
+    upper.set(ylabel="Accuracy (%)", ylim=(-2, 102), xlim=(0, 100))
     lower.bar(edges[:-1], curve.counts, width=np.diff(edges) * 0.9, align="edge", color=theme.first)
     lower.set(ylabel="Images", xlabel="Confidence: probability of the predicted class (%)")
     lower.set_yscale("symlog", linthresh=10)
@@ -139,29 +221,49 @@ def calibration_curve(curve: Calibration, theme: Theme = LIGHT) -> Figure:
     return figure
 
 
-def learning_curves(history: list[dict[str, Any]], theme: Theme = LIGHT) -> Figure:
+def learning_curves(
+    histories: list[list[dict[str, Any]]], note: str = "", theme: Theme = LIGHT
+) -> Figure:
     """Draws accuracy and loss on the train and validation splits by epoch.
 
+    The metrics on train are means over an epoch, so they are drawn in its middle.
+
     Args:
-        history: one record for each epoch, as in `metrics.jsonl`.
+        histories: of each run one record for each epoch, as in `metrics.jsonl`.
+        note: how the two were measured; it is written below the curves, if it is not empty.
         theme: the colours.
 
     Returns:
         The figure.
     """
-    figure = _figure(5.4, 5.6, theme)
-    epochs = [record["epoch"] for record in history]
+    figure = _figure(5.4, 6.0 if note else 5.6, theme)
+    curves = (
+        ("train", -0.5, theme.first, "train, mean over the epoch"),
+        ("validation", 0.0, theme.second, "validation, after the epoch"),
+    )
+    width = 1.5 if len(histories) == 1 else 0.8
     for axes, kind, scale in zip(
         figure.subplots(2, 1, sharex=True), ("accuracy", "loss"), (100, 1), strict=True
     ):
-        for split, colour in (("train", theme.first), ("validation", theme.second)):
-            values = [scale * record[f"{split}_{kind}"] for record in history]
-            axes.plot(epochs, values, color=colour, marker="o", markersize=3.5, label=split)
+        for split, shift, colour, label in curves:
+            for number, history in enumerate(histories):
+                axes.plot(
+                    [record["epoch"] + shift for record in history],
+                    [scale * record[f"{split}_{kind}"] for record in history],
+                    color=colour,
+                    marker="o",
+                    markersize=2 * width,
+                    linewidth=width,
+                    label=label if number == 0 else None,
+                )
         _style(axes, theme)
         axes.set(ylabel="Accuracy (%)" if kind == "accuracy" else "Loss")
+        axes.set_xlim(left=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, labelcolor=theme.ink)
     axes.set_xlabel("Epoch", color=theme.ink)
+    if note:
+        figure.supxlabel(textwrap.fill(note, 76), fontsize=8.5, color=theme.ink, x=0.02, ha="left")
     return figure
 
 

@@ -52,6 +52,39 @@ def precision_recall_f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     )
 
 
+class Confusion(NamedTuple):
+    """Images of one class that are predicted as another.
+
+    Attributes:
+        label: the true class.
+        predicted: the predicted class.
+        images: number of such images.
+        total: number of images of the true class.
+    """
+
+    label: int
+    predicted: int
+    images: int
+    total: int
+
+
+def top_confusions(confusion: np.ndarray, limit: int) -> list[Confusion]:
+    """Lists the most frequent confusions of two classes, the most frequent first.
+
+    Args:
+        confusion: `[C, C]` int, as from `confusion_matrix`.
+        limit: the largest number of confusions.
+    """
+    errors = confusion * ~np.eye(len(confusion), dtype=bool)
+    order = np.argsort(-errors, axis=None, kind="stable")[:limit]
+    totals = confusion.sum(axis=1)
+    return [
+        Confusion(int(label), int(predicted), int(errors[label, predicted]), int(totals[label]))
+        for label, predicted in zip(*np.unravel_index(order, errors.shape), strict=True)
+        if errors[label, predicted]
+    ]
+
+
 class Calibration(NamedTuple):
     """Mean confidence beside accuracy, in bins of the confidence.
 
@@ -78,6 +111,20 @@ class Calibration(NamedTuple):
         """
         gaps = np.abs(self.confidence - self.accuracy)
         return float((gaps * self.counts).sum() / max(self.counts.sum(), 1))
+
+    @property
+    def intervals(self) -> np.ndarray:
+        """The 95 % confidence intervals of `accuracy`, by `accuracy_interval`.
+
+        They are `[bins, 2]`: lower and upper bounds, as fractions; 0 and 1 in empty bins.
+        """
+        correct = np.rint(self.accuracy * self.counts).astype(int)
+        return np.array(
+            [
+                accuracy_interval(int(right), int(count)) if count else (0.0, 1.0)
+                for right, count in zip(correct, self.counts, strict=True)
+            ]
+        )
 
 
 def calibration(

@@ -34,6 +34,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from tinyvgg_jax.errors import UserError, first_line
 from tinyvgg_jax.paths import open_regular
 from tinyvgg_jax.runs.files import digest_json, writing_to
+from tinyvgg_jax.runs.folder import distinct_sizes
 from tinyvgg_jax.runs.integrity import (
     DamagedError,
     Layout,
@@ -183,9 +184,10 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         # Twice the size leaves room for Orbax's metadata; checked before a partial write.
         if free < 2 * size:
+            has, needs = distinct_sizes(free, 2 * size)
             raise UserError(
-                f"cannot save a checkpoint in {self._folder}: {free / 1e6:,.0f} MB free, "
-                f"{2 * size / 1e6:,.0f} MB needed. What was saved before is kept."
+                f"cannot save a checkpoint in {self._folder}: {has} free, "
+                f"{needs} needed. What was saved before is kept."
             )
         arrays = {"params": params, "opt_state": opt_state}
         # Orbax writes in the background, when the caller may have appended to its lists already.

@@ -1,4 +1,6 @@
-"""A run's folder: its lock, its config and results, and the check that it holds no other run."""
+"""A run's folder: its lock, its config and results, and the checks that it holds no other run."""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -6,17 +8,21 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.data import SPLITS, DatasetInfo, Split
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.runs.files import read_json, write_json, write_text, writing_to
+
+if TYPE_CHECKING:
+    # Listing runs does not wait for JAX, which comes with it.
+    from tinyvgg_jax.data import DatasetInfo, Split
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +54,7 @@ def read_config(workdir: Path) -> ConfigDict:
     try:
         return config_lib.validated(content)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path} is not valid: {error}") from error
 
 
 def read_dataset(workdir: Path) -> DatasetInfo:
@@ -60,6 +66,8 @@ def read_dataset(workdir: Path) -> DatasetInfo:
     Raises:
         UserError: if the file is missing or damaged.
     """
+    from tinyvgg_jax.data import DatasetInfo
+
     path = workdir / "dataset.json"
     content = read_json(path)
     if content is None:
@@ -74,6 +82,7 @@ def read_dataset(workdir: Path) -> DatasetInfo:
         and all(isinstance(name, str) for name in names)
     ):
         raise UserError(f"{path} is damaged: it holds no image_shape or class_names of a dataset.")
+
     return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names))
 
 
@@ -100,7 +109,9 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
 
 def _is_summary(content: dict[str, Any]) -> bool:
     """Tells whether JSON content has the keys of a summary, each of the right type."""
-    numbers = [f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss")]
+    fields = [name for name in config_lib.FIELDS if name.endswith("_split")]
+    splits = [name.removeprefix("data.").removesuffix("_split") for name in fields]
+    numbers = [f"{split}_{kind}" for split in splits for kind in ("accuracy", "loss")]
     return (
         all(type(content.get(key)) in (int, float) for key in (*numbers, "seconds"))
         and all(type(content.get(key)) is int for key in ("step", "parameters"))
@@ -109,11 +120,43 @@ def _is_summary(content: dict[str, Any]) -> bool:
     )
 
 
-def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
-    """Checks that a folder is new, or holds a run of the same config.
+def remove_file(path: Path) -> None:
+    """Removes a file if it is there.
 
     Raises:
-        UserError: if it holds a run of another config, or checkpoints without a config.
+        UserError: if it cannot be removed.
+    """
+    with writing_to(path):
+        path.unlink(missing_ok=True)
+
+
+def distinct_sizes(first: int, second: int) -> tuple[str, str]:
+    """Formats two sizes in bytes in the largest unit that shows their difference."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        shown = f"{first / unit:,.1f} {name}", f"{second / unit:,.1f} {name}"
+        if max(first, second) >= unit and shown[0] != shown[1]:
+            return shown
+    return f"{first:,} bytes", f"{second:,} bytes"
+
+
+def steps_taken(workdir: Path) -> int:
+    """Reads how far a run has been trained from the names of its checkpoints.
+
+    Returns:
+        The number of optimizer steps of the newest checkpoint, intact or not; 0 if there is none.
+    """
+    names = [path.name for path in (workdir / "checkpoints").glob("[0-9]*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
+    """Checks that a folder is new, or holds a run that a config can go on with.
+
+    That is a run of the same config. The number of epochs may differ if the schedule does not
+    depend on it, and the number of seeds if both are more than 1.
+
+    Raises:
+        UserError: if the folder holds another run, more seeds, or checkpoints without a config.
     """
     path = workdir / "config.json"
     with writing_to(workdir):
@@ -124,12 +167,96 @@ def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
             "pass another --workdir."
         )
     if is_run:
-        differences = config_lib.differences(config, read_config(workdir))
+        theirs = read_config(workdir)
+        differences = config_lib.differences(config, theirs)
         if differences:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(differences)}). "
                 "Pass another --workdir, or the same config to go on with that run."
             )
+        _refuse_other_seeds(workdir, config, theirs)
+        if config.num_epochs != theirs.num_epochs:
+            _refuse_other_schedule(workdir, config, theirs)
+
+
+def _refuse_other_schedule(workdir: Path, config: ConfigDict, theirs: ConfigDict) -> None:
+    """Checks that another number of epochs leaves the learning rates of a run as they were."""
+    from tinyvgg_jax.optimizer import SCHEDULES
+
+    if SCHEDULES[config.schedule].depends_on_num_epochs:
+        raise UserError(
+            f"{workdir} holds a run of num_epochs={theirs.num_epochs}, which cannot become one of "
+            f"num_epochs={config.num_epochs}: with the schedule {config.schedule!r}, every "
+            "learning rate depends on the number of epochs. Pass another --workdir."
+        )
+
+
+def _refuse_other_seeds(workdir: Path, config: ConfigDict, theirs: ConfigDict) -> None:
+    """Checks that the seeds in a folder are among a config's, and lie where it would put them."""
+    ours, before = config.num_seeds, theirs.num_seeds
+    if ours != before and 1 in (ours, before):
+        raise UserError(
+            f"{workdir} holds {'a single run' if before == 1 else f'runs of {before} seeds'}, not "
+            f"{'a single run' if ours == 1 else f'runs of {ours} seeds'}: several seeds have "
+            "folders of their own in --workdir, and a single run has none. Pass another --workdir."
+        )
+    further = range(config.seed + ours, config.seed + before)
+    begun = [seed for seed in further if (workdir / f"seed_{seed}" / "config.json").exists()]
+    if begun:
+        raise UserError(
+            f"{workdir} holds the run of seed {begun[-1]} already, which config.num_seeds={ours} "
+            f"leaves out. Pass --config.num_seeds={begun[-1] - config.seed + 1} or more, or "
+            "another --workdir."
+        )
+
+
+def refuse_fewer_epochs(workdir: Path, num_epochs: int, steps_per_epoch: int) -> None:
+    """Checks that a run has not been trained for longer than a config says.
+
+    Args:
+        workdir: the run's folder.
+        num_epochs: the config's number of epochs.
+        steps_per_epoch: optimizer steps in an epoch.
+
+    Raises:
+        UserError: if the run has been trained beyond the last epoch.
+    """
+    begun = math.ceil(steps_taken(workdir) / steps_per_epoch)
+    if begun > num_epochs:
+        raise UserError(
+            f"{workdir} holds a run that has reached epoch {begun} already, and config.num_epochs "
+            f"is {num_epochs}. Pass --config.num_epochs={begun} or more, or another --workdir."
+        )
+
+
+def _dataset_content(splits: dict[str, Split], info: DatasetInfo) -> dict[str, Any]:
+    """Makes the content of `dataset.json`: image shape, class names, and sizes of the splits."""
+    sizes = {name: len(split) for name, split in splits.items()}
+    content = dataclasses.asdict(info) | {"num_examples": sizes}
+    # JSON has lists where these are tuples.
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in content.items()}
+
+
+def refuse_other_data(
+    workdir: Path, dataset: str, splits: dict[str, Split], info: DatasetInfo
+) -> None:
+    """Checks that a folder is new, or holds a run on the same data.
+
+    Args:
+        workdir: the run's folder.
+        dataset: the dataset's name, for the message.
+        splits: the splits by name.
+        info: the dataset's image shape and class names.
+
+    Raises:
+        UserError: if the data differ from those in `dataset.json`.
+    """
+    path = workdir / "dataset.json"
+    if read_json(path) not in (None, _dataset_content(splits, info)):
+        raise UserError(
+            f"{workdir} holds a run on other data than the {dataset} found here (compare "
+            f"{path}). Pass another --workdir, or the right --config.data.data_dir."
+        )
 
 
 def describe(
@@ -144,20 +271,24 @@ def describe(
         info: the dataset's image shape and class names.
 
     Raises:
-        UserError: if the files cannot be written, or the folder holds a run on other data.
+        UserError: if the files cannot be written.
     """
-    path = workdir / "dataset.json"
-    sizes = {name: len(split) for name, split in splits.items()}
-    content = dataclasses.asdict(info) | {"num_examples": sizes}
-    before = read_json(path)
-    # Lists come back where tuples were written.
-    if before not in (None, json.loads(json.dumps(content))):
-        raise UserError(
-            f"{workdir} holds a run on other data than the {config.data.name} found here (compare "
-            f"{path}). Pass another --workdir, or the right --config.data.data_dir."
-        )
-    write_json(path, content)
-    write_json(workdir / "config.json", config.to_dict())
+    write_json(workdir / "dataset.json", _dataset_content(splits, info))
+    write_config(workdir, config)
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes `config.json`; a summary of another number of epochs or seeds is removed before.
+
+    Raises:
+        UserError: if that is not possible.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        theirs = read_config(workdir)
+        if (theirs.num_epochs, theirs.num_seeds) != (config.num_epochs, config.num_seeds):
+            remove_file(workdir / "summary.json")
+    write_json(path, config.to_dict())
 
 
 @contextlib.contextmanager
@@ -169,11 +300,13 @@ def locked(workdir: Path) -> Iterator[None]:
     Raises:
         UserError: if another process holds the lock, or the folder cannot be created.
     """
+    path = workdir / ".lock"
     with writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+    with writing_to(path):
         # A link in its place is not followed.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        descriptor = os.open(workdir / ".lock", flags, 0o666)
+        descriptor = os.open(path, flags, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

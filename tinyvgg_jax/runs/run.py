@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,17 @@ from tinyvgg_jax.step import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class Work(NamedTuple):
+    """Numbers of images that runs have still to be trained on, and to be evaluated on."""
+
+    train: int
+    evaluation: int
+
+    def plus(self, other: "Work") -> "Work":
+        """Adds the work of other runs."""
+        return Work(self.train + other.train, self.evaluation + other.evaluation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +88,19 @@ class Run:
     def steps_per_epoch(self) -> int:
         """The number of whole batches in the train split; the remainder is left out."""
         return len(self.splits["train"]) // self.config.batch_size
+
+    def work_left(self, step: int) -> Work:
+        """Counts the images of all steps, validations and the closing evaluation after a step.
+
+        Args:
+            step: number of optimizer steps taken.
+        """
+        num_epochs, sizes = self.config.num_epochs, {k: len(v) for k, v in self.splits.items()}
+        validations = num_epochs - step // self.steps_per_epoch
+        return Work(
+            (num_epochs * self.steps_per_epoch - step) * self.config.batch_size,
+            validations * sizes["validation"] + sum(sizes.values()),
+        )
 
     def train_step(self) -> TrainStep:
         """Makes the pure train step of the config: `(state, batch, key) -> (state, sums)`."""
