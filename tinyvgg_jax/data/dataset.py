@@ -187,7 +187,8 @@ def _builder(name: str, data_dir: Path) -> Any:
     except Exception as error:
         # tfds raises errors of many classes for damaged metadata and for ill-formed names.
         raise UserError(
-            f"the dataset {name!r} in {data_dir} cannot be read: {first_line(error)}"
+            f"the dataset {name!r} in {data_dir} cannot be read: {first_line(error)}. If it is "
+            "damaged, remove its folder and run again."
         ) from error
     if plain and builder.name != plain[0]:
         raise _damaged(builder.data_path, f"dataset_info.json names it {builder.name!r}")
