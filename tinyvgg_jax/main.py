@@ -458,7 +458,7 @@ def _set_up_output() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tinyvgg_jax").setLevel(logging.INFO)
     # Orbax logs every failure with its traceback; it also raises it, and that is what we show.
-    for library in ("absl", "asyncio"):
+    for library in ("absl", "asyncio", "PIL"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
     # The name of a file may hold what this terminal cannot show, or bytes that are no text at all.

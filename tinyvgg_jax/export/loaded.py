@@ -1,7 +1,11 @@
 """Exported networks, loaded from their files to classify images."""
 
+import contextlib
 import importlib
-from collections.abc import Callable
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,9 +84,10 @@ def load(path: Path, threads: int | None = None) -> Loaded:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     try:
-        loaded = Loaded(path, *loader(content, threads))
-        images = np.zeros((1, *loaded.image_shape), np.uint8)
-        shape = loaded.call(images).shape
+        with quiet():
+            loaded = Loaded(path, *loader(content, threads))
+            images = np.zeros((1, *loaded.image_shape), np.uint8)
+            shape = loaded.call(images).shape
     except UserError:
         raise
     except Exception as error:
@@ -92,6 +97,22 @@ def load(path: Path, threads: int | None = None) -> Loaded:
     if shape != (1, len(loaded.class_names)):
         raise UserError(f"{path} is damaged: its card names {len(loaded.class_names)} classes.")
     return loaded
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides what libraries in C++ print on standard error; their exceptions come through."""
+    sys.stderr.flush()
+    before, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(null)
 
 
 def require(module: str, extra: str) -> Any:

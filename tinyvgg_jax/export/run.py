@@ -272,7 +272,7 @@ def _target(workdir: Path, name: str, int8: bool, output: str | Path | None) -> 
 def _content(name: str, trained: Trained, train: Split | None, int8: bool) -> bytes:
     """Makes the bytes of a file."""
     kind = FORMATS[name]
-    with contextlib.redirect_stdout(sys.stderr):
+    with loaded.quiet(), contextlib.redirect_stdout(sys.stderr):
         if int8 and kind.quantize and train is not None:
             # Images from everywhere in the split, whatever its order is.
             chosen = np.linspace(0, len(train) - 1, _CALIBRATION_IMAGES).astype(int)
