@@ -72,6 +72,7 @@ class Done(NamedTuple):
         stderr: its standard error.
         seconds: how long it took.
         hung: whether it was ended because it waited for something that never came.
+        before: what it had printed, on both, when it was interrupted; None if it was not.
     """
 
     status: int
@@ -79,6 +80,7 @@ class Done(NamedTuple):
     stderr: str
     seconds: float
     hung: bool = False
+    before: str | None = None
 
 
 def run_main(argv: list[str], *hooks: Callable[[], None]) -> None:
@@ -235,16 +237,19 @@ def fresh(
         errors="surrogateescape",
         start_new_session=True,
     )
+    before = None
     try:
         output = process.communicate(timeout=interrupt_after)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as so_far:
+        before = ((so_far.stdout or b"") + (so_far.stderr or b"")).decode(errors="replace")
         process.send_signal(signal.SIGINT)
         try:
             output = process.communicate(timeout=_LONGEST_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             return Done(-signal.SIGKILL, *process.communicate(), time.monotonic() - start, True)
-    return Done(process.returncode, *output, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    return Done(process.returncode, *output, seconds, before=before)
 
 
 # Hooks, which change a forked process before the package runs in it
