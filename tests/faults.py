@@ -142,6 +142,11 @@ def _printed(_: World, done: Done) -> Any:
     return done.stdout
 
 
+def _drawn(_: World, done: Done) -> Any:
+    # Another file in the picture's place is left there, and the picture gets another name.
+    return Path(done.stdout.strip()).read_bytes()
+
+
 def _trained(run: str) -> Callable[[World, Done], Any]:
     def answer(world: World, done: Done) -> Any:
         # The last line has the time.
@@ -165,7 +170,7 @@ OPERATIONS = {
             "explain",
             "finished",
             _mode("--mode=explain", pictures="pictures/0.png"),
-            _printed,
+            _drawn,
             ("finished/explain/*",),
         ),
         Operation(
@@ -222,7 +227,6 @@ TARGETS = (
     Target("tensorboard/", "RUN/tensorboard/*", _ON_A_RUN, "tensorboard"),
     Target("_CHECKPOINT_METADATA", "RUN/checkpoints/*/_CHECK*", _ON_A_RUN, _CHECKPOINT),
     Target("commit_success.txt", "RUN/checkpoints/**/commit_*", _ON_A_RUN, _CHECKPOINT),
-    Target("checkpoint's metrics", "RUN/checkpoints/*/metrics/metrics", _ON_A_RUN, _CHECKPOINT),
     Target("checkpoint's progress", "RUN/checkpoints/*/progress/meta*", _ON_A_RUN, _CHECKPOINT),
     Target("arrays' _METADATA", "RUN/checkpoints/**/_METADATA", _ON_A_RUN, _CHECKPOINT),
     Target("arrays' _sharding", "RUN/checkpoints/**/_sharding", _ON_A_RUN, _CHECKPOINT),
@@ -234,7 +238,7 @@ TARGETS = (
     Target("evaluation/test/", "RUN/evaluation/test/*", ("eval", "train"), "evaluation"),
     Target("explain/", "RUN/explain/*", ("explain", "train"), "explain"),
     Target("cache: native/", "cache/*/native/*", _ON_A_RUN, "native"),
-    Target("cache: decoded/", "cache/*/decoded/*/*", _ON_DATA, "decoded"),
+    Target("cache: decoded/", "cache/*/decoded/*", _ON_DATA, "decoded"),
     Target("cache: compiled/", "cache/*/compiled/*", _ON_A_RUN, "compiled"),
     Target("dataset: *.json", "data/bars/*/*.json", _ON_DATA, _DATASET),
     Target("dataset: labels", "data/bars/*/*.txt", _ON_DATA, _DATASET),

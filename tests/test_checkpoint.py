@@ -415,6 +415,17 @@ def test_the_best_of_an_earlier_version_stands_in_its_history(tmp_path: Path) ->
         assert checkpoints.restore_params("best", ABSTRACT[0]).step == 2
 
 
+def test_a_checkpoint_that_may_be_the_best_is_not_passed_over_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoints"
+    fill(folder, {1: 0.9, 2: 0.5})
+    data_file(folder / "1" / "progress").write_bytes(b"null")
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.restore_params("best", ABSTRACT[0]).step == 2
+    assert "The checkpoint of step 1 is damaged" in caplog.text
+
+
 def test_a_checkpoint_whose_accuracy_cannot_be_read_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     fill(folder, {1: 0.9, 2: 0.5})

@@ -7,7 +7,7 @@ from faults import TARGETS, Judge, Score, Target, all_cases, sample, try_cases
 from worlds import Done, World, complaint, refusal
 
 # Cases of each kind of file; all of them take an hour or two.
-_CASES = 4
+_CASES = 2
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ _LAST_WORDS = {"eval": "test: accuracy", "predict": "prediction", "train": "Eval
 
 
 def interruption(done: Done, mode: str, finished: bool) -> str:
-    """What is wrong with the end of a process after Ctrl-C; or "".
+    """Names what is wrong with the end of a process after Ctrl-C; or "".
 
     Args:
         done: the end of the process.

@@ -83,7 +83,7 @@ def test_help_is_short_and_no_error(command_line: CommandLine) -> None:
 
 
 def test_versions_are_a_short_block(tmp_path: Path) -> None:
-    """Of the installed libraries, which need not be imported for that, nor be intact."""
+    """Versions of the installed libraries, which need not be imported for that, nor be intact."""
     code = (
         "import sys; sys.modules['jax'] = sys.modules['numpy'] = None;"
         "from tinyvgg_jax import main; sys.exit(main.main(['main.py', '--version', 'x']))"

@@ -130,7 +130,7 @@ _BIDI = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
 
 def obeyed(done: Done) -> str:
-    """What of an output a terminal would take for a command, and not for text; or ""."""
+    """Finds what a terminal would take for a command, and not for text, in an output; or ""."""
     output = done.stdout + done.stderr
     # Bytes from 0x80 to 0x9f that are no UTF-8 are commands for some terminals as well.
     found = {

@@ -394,6 +394,7 @@ def final_state(workdir: Path) -> dict[str, Any]:
         del record["seconds"], record["images_per_second"]
     summary = json.loads((workdir / "summary.json").read_text())
     del summary["seconds"]
+    summary.pop("sha256", None)  # It depends on the seconds.
     progress = workdir / "checkpoints" / str(summary["step"]) / "progress" / "metadata"
     digests = json.loads(progress.read_text())["digests"]
     del digests["progress"]  # It holds times.
@@ -416,7 +417,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def complaint(done: Done) -> str:
-    """What is wrong with a process's end whatever it did: a hang, a crash, a traceback; or ""."""
+    """Names what is wrong with a process's end: a hang, a crash, a traceback; or ""."""
     if done.hung:
         return "hangs"
     if done.status < 0:
@@ -426,7 +427,7 @@ def complaint(done: Done) -> str:
 
 
 def refusal(done: Done, named: str = "", status: int = 2) -> str:
-    """What is wrong with an error: it is one line on standard error, the last; or "".
+    """Names what is wrong with an error, which is one line on standard error, the last; or "".
 
     Args:
         done: the end of the process.

@@ -277,6 +277,9 @@ class Checkpoints:
             candidates = steps[::-1]
         else:
             candidates = _best_first(steps, self._accuracies)
+            for unknown in set(steps) - self._accuracies.keys():
+                # It may be the best one: restoring it logs, or raises, why that is not known.
+                self._restore_if_intact(unknown, params, None)
         for candidate in candidates:
             restored = self._restore_if_intact(candidate, params, None)
             if restored is not None:
