@@ -8,6 +8,8 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) != _signal.SIG_I
     # traceback of the imports that follow.
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
+import errno
+import inspect
 import json
 import logging
 import os
@@ -91,9 +93,19 @@ _NO_VERIFY = flags.DEFINE_bool("no_verify", False, "For export: do not verify th
 _MODEL = flags.DEFINE_string("model", None, "For predict: an exported file.")
 
 
+# Errors of a file that cannot grow.
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
 def _show_unraisable(unraisable: Any) -> None:
-    """Hides errors of TensorStore's threads after a failed save, which is reported already."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Hides errors that libraries leave behind after a failure that is reported already.
+
+    These are coroutines of Orbax that could not read, threads of TensorStore after a failed save,
+    and what TensorBoard's writer could not write when the disk was full, which it tries again.
+    """
+    error = unraisable.exc_value
+    full = isinstance(error, OSError) and error.errno in _DISK_FULL
+    if not (full or inspect.iscoroutine(unraisable.object) or str(error) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 
 
@@ -108,7 +120,18 @@ def _interrupted() -> int:
 
 def _show(text: str) -> None:
     """Prints lines at once, since whoever reads them may wait for each."""
-    print(terminal.lines(text), flush=True)
+    try:
+        print(terminal.lines(text), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise UserError(f"cannot write to standard output: {error.strerror}.") from error
+
+
+def _drop_output() -> None:
+    """Lets Python find nothing to complain about when it closes standard output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -432,16 +455,16 @@ def main(argv: list[str] | None = None) -> int:
     can put right. 128 + N: signal N, after saving.
     """
     argv = sys.argv if argv is None else argv
-    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
-        recipes = ", ".join(sorted(_RECIPES))
-        print(USAGE.format(recipes=recipes, default=_RECIPES["default"]), end="")
-        return 0
-    if "--version" in argv[1:]:
-        print(_versions())
-        return 0
     _set_up_output()
     with ctrl_c(lambda: os._exit(_interrupted())) as pressed:
         try:
+            if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
+                recipes = ", ".join(sorted(_RECIPES))
+                _show(USAGE.format(recipes=recipes, default=_RECIPES["default"]).rstrip())
+                return 0
+            if "--version" in argv[1:]:
+                _show(_versions())
+                return 0
             paths = _parse(argv)
             return MODES[_MODE.value].run(paths)
         except BaseException as error:
@@ -462,6 +485,9 @@ def _set_up_output() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
     # The name of a file may hold what this terminal cannot show, or bytes that are no text at all.
+    if sys.stdout is None:
+        # Whoever started this has closed it.
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # A notebook names a backend of its own, which is not there outside of it. Nothing is shown in
     # a window here.
@@ -488,7 +514,7 @@ def _report(error: BaseException, interrupted: bool) -> int | None:
         return _fail(error, 1)
     if isinstance(error, BrokenPipeError):
         # Whoever reads the output, like `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 128 + signal.SIGPIPE
     return None
 

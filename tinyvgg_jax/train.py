@@ -23,6 +23,7 @@ from tinyvgg_jax.report.progress import (
     Command,
     TrainingProgress,
     evaluation_progress,
+    tensorboard_close,
     tensorboard_scalars,
     tensorboard_writer,
 )
@@ -187,7 +188,7 @@ def train(members: list[Member], command: Command) -> None:
             # Training goes on, so an earlier summary is out of date.
             folder.remove_file(member.run.workdir / "summary.json")
             writers.append(tensorboard_writer(member.run.workdir, member.state.history))
-            opened.callback(writers[-1].close)
+            opened.callback(tensorboard_close, writers[-1])
         for epoch in range(len(history), num_epochs):
             # -- Steps: compiled calls, of one step or of many, until the epoch's end or a signal.
             state, sums = stack([(member.state.train, member.state.sums) for member in members])

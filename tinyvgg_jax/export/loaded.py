@@ -15,7 +15,7 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.onnx import read_card
-from tinyvgg_jax.paths import open_regular
+from tinyvgg_jax.paths import local_path, open_regular
 
 # Computes the probabilities `[B, num_classes]` float32 of images `[B, H, W, C]` uint8.
 Call = Callable[[np.ndarray], np.ndarray]
@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
         return np.concatenate([empty, *map(self.call, chunks)])
 
 
-def load(path: Path, threads: int | None = None) -> Loaded:
+def load(path: str | Path, threads: int | None = None) -> Loaded:
     """Loads an exported network.
 
     Args:
@@ -74,6 +74,7 @@ def load(path: Path, threads: int | None = None) -> Loaded:
         UserError: if there is no such file, if it is damaged, of another kind or of another
             network, or if the library that runs it is missing.
     """
+    path = local_path(path)
     loaders = {".jax": _load_stablehlo, ".onnx": _load_onnx, ".tflite": _load_litert}
     loader = loaders.get(path.suffix)
     if loader is None:
@@ -93,7 +94,7 @@ def load(path: Path, threads: int | None = None) -> Loaded:
     except Exception as error:
         # Each library raises its own exceptions for a damaged file.
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no exported network, or is damaged: {what}") from error
+        raise UserError(f"{path} is no exported network, or is damaged: {what}.") from error
     if shape != (1, len(loaded.class_names)):
         raise UserError(f"{path} is damaged: its card names {len(loaded.class_names)} classes.")
     return loaded

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.loaded import litert_input
 
@@ -132,8 +133,17 @@ def to_micro(
 
     Returns:
         The text of the files `NAME.h` and `NAME.cc`.
+
+    Raises:
+        UserError: if the network has other operators than the paper's.
     """
     graph = inspect(artifact, images)
+    others = set(graph.operators) - _OPERATORS.keys()
+    if others:
+        raise UserError(
+            f"this network needs {', '.join(sorted(others))} in int8, which are not among the "
+            f"operators for microcontrollers ({', '.join(_OPERATORS)})."
+        )
     arena = measure_arena(artifact)
     return {
         f"{name}.h": _header(graph, card, arena, len(artifact), name),

@@ -1,8 +1,9 @@
 """Export of a run: from its checkpoint to verified files in `WORKDIR/export/`."""
 
 import contextlib
-import importlib.util
+import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -175,12 +176,16 @@ def formats_of(names: str, int8: bool) -> list[str]:
 def _missing(name: str) -> str:
     """Says which library of a format is missing; "" if none is."""
     kind = FORMATS[name]
-    missing = [library for library in kind.libraries if importlib.util.find_spec(library) is None]
-    if not missing:
+    try:
+        with loaded.quiet():
+            for library in kind.libraries:
+                importlib.import_module(library)
         return ""
-    message = (
-        f"the format {name} needs {' and '.join(missing)}: pip install 'tinyvgg-jax[{kind.extra}]'."
-    )
+    except ImportError as error:
+        message = (
+            f"the format {name} needs {' and '.join(kind.libraries)} ({error}): "
+            f"pip install 'tinyvgg-jax[{kind.extra}]'."
+        )
     if name == "litert":
         message += (
             " They exist for Python 3.11, 3.13 and 3.14 on Linux x86-64 and macOS arm64 only."
@@ -216,14 +221,16 @@ def export_run(
         UserError: if there is no such run or checkpoint; if the data cannot be loaded; if a file
             cannot be written, or is not the same network, in which case it is not kept.
     """
-    workdir = local_path(workdir)
+    workdir, formats = local_path(workdir), formats_of(",".join(formats), int8)
+    if output is not None and len(formats) > 1:
+        raise UserError(f"one file is named, and {len(formats)} formats are to be written.")
     config, info = single_run_config(workdir), read_dataset(workdir)
     targets = {name: _target(workdir, name, int8, output) for name in formats}
     model, restored = restore_checkpoint(workdir, config, info, step)
     # Files compute in float32, so that is what they are compared with.
     model = model.clone(dtype=jnp.float32, native=False)
     # The splits are needed to verify, and the train split to calibrate.
-    wanted = ([*SPLITS] if verified else []) or (["train"] if int8 else [])
+    wanted = ([*SPLITS] if verified else []) or (["train", "test"] if int8 else [])
     splits = load_run_splits(config, wanted, folders)[0] if wanted else {}
     evaluated = {
         name: evaluate(model, restored.params, splits[name])
@@ -272,6 +279,17 @@ def _target(workdir: Path, name: str, int8: bool, output: str | Path | None) -> 
 def _content(name: str, trained: Trained, train: Split | None, int8: bool) -> bytes:
     """Makes the bytes of a file."""
     kind = FORMATS[name]
+    try:
+        return _made(kind, trained, train, int8)
+    except Exception as error:
+        # Each library raises its own exceptions for a network that it cannot hold.
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"this network cannot be exported as {name}{' int8' if int8 else ''}: {what}"
+        ) from error
+
+
+def _made(kind: Format, trained: Trained, train: Split | None, int8: bool) -> bytes:
     with loaded.quiet(), contextlib.redirect_stdout(sys.stderr):
         if int8 and kind.quantize and train is not None:
             # Images from everywhere in the split, whatever its order is.
@@ -289,8 +307,11 @@ def _write(path: Path, content: bytes, check: Callable[[Path], None] | None) -> 
             check(scratch)
         with writing_to(path):
             scratch.replace(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(scratch), str(path))) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def _write_micro(
@@ -301,11 +322,21 @@ def _write_micro(
 
     data = splits.get("test", splits["train"])
     artifact, _ = cards.read_appended(content)
-    name = "model_int8" if path.name == "model.int8.tflite" else path.stem.replace(".", "_")
+    # The name stands in the code, too.
+    name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)
     images, labels = data.images[: micro.TESTS], data.labels[: micro.TESTS]
-    texts = micro.to_micro(artifact, images, labels, trained.card, name)
-    for file, text in texts.items():
-        write_text(path.with_name(file), text)
+    texts: dict[str, str] = {}
+    try:
+        with loaded.quiet():
+            texts = micro.to_micro(artifact, images, labels, trained.card, name)
+        for file, text in texts.items():
+            write_text(path.with_name(file), text)
+    except UserError:
+        # The three files belong together.
+        for file in (path.name, *texts):
+            with contextlib.suppress(OSError):
+                path.with_name(file).unlink(missing_ok=True)
+        raise
     return [path.with_name(file) for file in texts]
 
 

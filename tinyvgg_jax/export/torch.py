@@ -63,13 +63,20 @@ def from_torch(
     Raises:
         UserError: if tensors are missing, superfluous, or do not fit together.
     """
-    arrays = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
     try:
+        arrays = {name: _array(tensor) for name, tensor in tensors.items()}
         model = _model_of(arrays)
         params = _params_of(arrays, model, image_shape)
-    except (KeyError, ValueError, IndexError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"these tensors are not those of a Tiny VGG: {error}.") from error
     return model, params
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """Converts an array, or a tensor of PyTorch on any device and of any dtype, to float32."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().float().cpu()
+    return np.asarray(tensor, np.float32)
 
 
 def _model_of(arrays: dict[str, np.ndarray]) -> TinyVGG:

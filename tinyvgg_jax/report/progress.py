@@ -330,10 +330,21 @@ def tensorboard_scalars(writer: Any, record: dict[str, Any]) -> None:
         writer: a `tensorboardX.SummaryWriter`.
         record: the epoch's record in `metrics.jsonl`.
     """
-    for name, value in record.items():
-        split, _, kind = name.partition("_")
-        if split in ("train", "validation"):
-            writer.add_scalar(f"{kind}/{split}", value, record["step"])
-    writer.add_scalar("learning_rate", record["learning_rate"], record["step"])
-    writer.add_scalar("images_per_second", record["images_per_second"], record["step"])
-    writer.flush()
+    with writing_to(Path(writer.logdir)):
+        for name, value in record.items():
+            split, _, kind = name.partition("_")
+            if split in ("train", "validation"):
+                writer.add_scalar(f"{kind}/{split}", value, record["step"])
+        writer.add_scalar("learning_rate", record["learning_rate"], record["step"])
+        writer.add_scalar("images_per_second", record["images_per_second"], record["step"])
+        writer.flush()
+
+
+def tensorboard_close(writer: Any) -> None:
+    """Closes a `tensorboardX.SummaryWriter`.
+
+    Raises:
+        UserError: if what it still holds cannot be written.
+    """
+    with writing_to(Path(writer.logdir)):
+        writer.close()
