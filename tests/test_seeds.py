@@ -162,7 +162,7 @@ def test_every_line_about_a_seed_names_it(
     train_and_evaluate(config, tmp_path)
     lines = [line.getMessage() for line in caplog.records if line.name == "tinyvgg_jax.train"]
     expected = [
-        r"seed 3 \(1 of 2\): epoch 1/1: train loss .* s left in all seeds",
+        r"seed 3 \(1 of 2\): epoch 1/1: train loss .*",
         r"seed 3 \(1 of 2\): Evaluating \.\.\.",
         r"seed 3 \(1 of 2\): Going on from step 8 in .*seed_3\.",
         r"seed 3 \(1 of 2\): This run is finished already\.",
