@@ -243,7 +243,6 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no checkpoints": lambda run: shutil.rmtree(run / "checkpoints"),
     "a damaged checkpoint": functools.partial(damage_checkpoints, "16"),
     "damaged checkpoints": functools.partial(damage_checkpoints, "*"),
-    "damaged metrics": lambda run: (run / "checkpoints/8/metrics/metrics").write_text("[]"),
     "a folder in the way": put_a_folder_in_the_way,
 }
 

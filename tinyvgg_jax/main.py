@@ -129,6 +129,11 @@ def _show(text: str) -> None:
         raise UserError(f"cannot write to standard output: {error.strerror}.") from error
 
 
+def _show_path(title: str, path: Path) -> None:
+    # A name may hold a line break, after which it could say anything.
+    _show(title + terminal.printable(str(path)))
+
+
 def _drop_output() -> None:
     """Lets Python find nothing to complain about when it closes standard output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -304,13 +309,13 @@ def _evaluate(_: list[str]) -> int:
             evaluation.write_evaluation(one.workdir, split, own)
             write_report(one, own)
         evaluation.write_evaluation(workdir, split, content)
-        _show(f"report: {write_seeds_report(workdir, each, content)}")
+        _show_path("report: ", write_seeds_report(workdir, each, content))
         return 0
     evaluated = evaluation.evaluate_checkpoint(*arguments)
     content = evaluation.evaluation_content(evaluated)
     _show(tables.evaluation_table(content, split))
     evaluation.write_evaluation(workdir, split, content)
-    _show(f"report: {write_report(evaluated, content)}")
+    _show_path("report: ", write_report(evaluated, content))
     return 0
 
 
@@ -347,7 +352,7 @@ def _explain(paths: list[str]) -> int:
     from tinyvgg_jax.report.explain import explain_file
 
     _start_jax()
-    _show(str(explain_file(workdir, paths[0], _OUTPUT.value, invert, step)))
+    _show_path("", explain_file(workdir, paths[0], _OUTPUT.value, invert, step))
     return 0
 
 
@@ -360,7 +365,7 @@ def _compare(paths: list[str]) -> int:
     comparison = compare_runs(paths, _SPLIT.value, step, _data_folders())
     _show(comparison_table(comparison))
     if output is not None:
-        _show(f"plot: {write_comparison(comparison, output)}")
+        _show_path("plot: ", write_comparison(comparison, output))
     return 0
 
 
@@ -386,7 +391,7 @@ def _export(_: list[str]) -> int:
     if exported.table:
         _show(exported.table)
     for file in exported.files:
-        _show(f"written: {file}")
+        _show_path("written: ", file)
     if exported.torch_module:
         _show(f"The PyTorch module that it loads into:\n\n{exported.torch_module}")
     return 0

@@ -29,8 +29,8 @@ def one_line(message: object) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Formatter of log messages that escapes what cannot be printed."""
+    """Formatter of log messages that makes one line of each and escapes what cannot be printed."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Formats a record as the base class does, and escapes each line."""
-        return lines(super().format(record))
+        """Formats a record as the base class does, and escapes it by `printable`."""
+        return printable(super().format(record))
