@@ -344,6 +344,22 @@ def test_a_network_that_is_not_the_same_is_not_written(
     assert list((workdir / "export").iterdir()) == []
 
 
+def test_a_file_that_cannot_be_written_is_named(trained: Trained, tmp_path: Path) -> None:
+    require("jax")
+    path = tmp_path / f"{'a' * 250}.jax"
+    with pytest.raises(UserError, match=f"cannot write to {path}: File name too long"):
+        export_run(trained[0], ["jax"], output=path, verified=False)
+
+
+def test_what_the_function_is_given_is_checked(trained: Trained, tmp_path: Path) -> None:
+    require("jax")
+    require("torch")
+    with pytest.raises(UserError, match="the format torch has no int8"):
+        export_run(trained[0], ["torch"], int8=True)
+    with pytest.raises(UserError, match="one file is named, and 2 formats"):
+        export_run(trained[0], ["jax", "torch"], output=tmp_path / "x.jax")
+
+
 def test_int8_that_loses_too_much_is_an_error() -> None:
     reference = np.eye(10, dtype=np.float32)
     row = verify.Verified("onnx int8", Path("x"), 1, 0.9, 1, 0.1)
@@ -374,8 +390,9 @@ def test_formats_are_known(names: str, int8: bool, said: str) -> None:
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     for name, kind in FORMATS.items():
+        for library in kind.libraries:
+            monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(UserError, match=rf"tinyvgg-jax\[{kind.extra}\]"):
             formats_of(name, False)
     with pytest.raises(UserError, match="no format has its libraries"):
