@@ -136,7 +136,7 @@ def test_a_folder_that_only_the_runs_config_names_is_used_or_left_alone(
     assert str(tmp_path / "a strangers") in record.getMessage()
     assert not (tmp_path / "a strangers").exists()
 
-    # What is given beside the run is meant as it is.
+    # A folder that is given beside the run is not replaced by another.
     with pytest.raises(UserError, match="no prepared dataset 'bars'"):
         evaluate_checkpoint(workdir, folders=DataFolders(str(tmp_path / "given")))
 

@@ -72,7 +72,7 @@ def test_an_explanation_replaces_only_that_of_the_same_image(
     written = [explain_file(run, tmp_path / name) for name in names]
     expected = ["shirt.png", "shirt-2.png", "shirt.png", "shirt-3.png", "shirt-2.png"]
     assert written == [run / "explain" / name for name in expected]
-    # What is no explanation stays, too.
+    # A file or folder that is no explanation stays, too.
     (run / "explain/shirt.png").write_text("mine")
     (run / "explain/shirt-2.png").unlink()
     (run / "explain/shirt-2.png").mkdir()

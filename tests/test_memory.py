@@ -201,5 +201,5 @@ def test_decoding_takes_no_more_memory_than_it_reserves(
         Path("/proc/self/clear_refs").write_text("5")
         before = resident_bytes()
         pictures.load_picture(path, reserve=reserve)
-        # What the decoders' code itself takes is not counted.
+        # The memory of the decoders' own code is not reserved, so it is allowed for here.
         assert peak_bytes() - before < reserved[-1] + 16 * MIB, path.name

@@ -121,7 +121,7 @@ def test_a_runs_config_makes_no_folder(world: World, outside: Path, mode: str, f
     assert complaint(done) == "" and (done.status == 0 or not refusal(done)), done.stderr
 
 
-# What a terminal would obey
+# Control characters, which a terminal obeys
 
 # Sets the title, clears the screen, colours; turns the direction of text; begins another line.
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b1m\x7f\u202e\u2066\r"

@@ -199,7 +199,7 @@ def _ticks(session: int) -> int:
             # The fields after the name, which may hold spaces: state, parent, group, session, ...
             fields = file.read_text(errors="replace").rpartition(")")[2].split()
             if int(fields[3]) == session:
-                # Its own, and that of its children that have ended.
+                # The time of the process itself, and of its children that have ended.
                 total += sum(map(int, fields[11:15]))
     return total
 

@@ -8,6 +8,7 @@ import zlib
 from typing import Any
 
 from tinyvgg_jax import __version__
+from tinyvgg_jax.runs.folder import dataset_info
 
 # The name of the card: a key of a format's own metadata, or a file in an archive at its end.
 KEY = "tinyvgg_jax"
@@ -67,15 +68,7 @@ def from_text(text: str | bytes, artifact: bytes) -> Card:
         raise ValueError("its card is nested too deep") from error
     if not isinstance(card, dict):
         raise ValueError("its card is no JSON object")
-    shape, names = card.get("image_shape"), card.get("class_names")
-    if not (
-        isinstance(shape, list)
-        and len(shape) == 3
-        and all(type(size) is int and 0 < size < 1_000_000 for size in shape)
-        and isinstance(names, list)
-        and names
-        and all(isinstance(name, str) for name in names)
-    ):
+    if dataset_info(card) is None:
         raise ValueError("its card names no image_shape or class_names")
     if card.pop(_DIGEST, None) != _digest(card, artifact):
         raise ValueError(f"its content does not match its {_DIGEST}")

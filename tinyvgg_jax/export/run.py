@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinyvgg_jax.config import suggestion
-from tinyvgg_jax.data import SPLITS, DatasetInfo, Split
+from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.evaluate import evaluate
 from tinyvgg_jax.export import card as cards
@@ -52,7 +52,7 @@ class Format(NamedTuple):
     """A format of exported networks.
 
     Attributes:
-        suffix: of its files.
+        suffix: the suffix of its files.
         libraries: the modules that it needs, besides JAX.
         extra: the extra of this package that installs them.
         export: makes the bytes of a file.
@@ -224,43 +224,43 @@ def export_run(
     workdir, formats = local_path(workdir), formats_of(",".join(formats), int8)
     if output is not None and len(formats) > 1:
         raise UserError(f"one file is named, and {len(formats)} formats are to be written.")
-    config, info = single_run_config(workdir), read_dataset(workdir)
     targets = {name: _target(workdir, name, int8, output) for name in formats}
+    trained, splits = _load(workdir, step, int8, verified, folders)
+    check = Check(trained, splits["validation"]) if verified else None
+    files: list[Path] = []
+    for name in formats:
+        content = _content(name, trained, splits.get("train"), int8)
+        _write(targets[name], content, partial(check.verify, name, int8) if check else None)
+        files.append(targets[name])
+        if name == "litert" and int8:
+            files += _write_micro(targets[name], content, trained, splits["test"])
+    from tinyvgg_jax.export.torch import torch_module
+
+    module = torch_module(trained.model, trained.info.image_shape) if "torch" in formats else ""
+    return Exported(files, check.table() if check else "", module)
+
+
+def _load(
+    workdir: Path, step: int | str, int8: bool, verified: bool, folders: DataFolders
+) -> tuple[Trained, dict[str, Split]]:
+    """Restores a run's network, makes its card, and loads the splits that are needed."""
+    config, info = single_run_config(workdir), read_dataset(workdir)
     model, restored = restore_checkpoint(workdir, config, info, step)
     # Files compute in float32, so that is what they are compared with.
     model = model.clone(dtype=jnp.float32, native=False)
-    # The splits are needed to verify, and the train split to calibrate.
-    wanted = ([*SPLITS] if verified else []) or (["train", "test"] if int8 else [])
-    splits = load_run_splits(config, wanted, folders)[0] if wanted else {}
-    evaluated = {
-        name: evaluate(model, restored.params, splits[name])
-        for name in ("validation", "test")
-        if name in splits
-    }
-    test_accuracy = evaluated["test"].accuracy if evaluated else None
+    # The train split calibrates, and images of the test split become a test on the board.
+    wanted = {*(("validation", "test") if verified else ()), *(("train", "test") if int8 else ())}
+    splits = load_run_splits(config, sorted(wanted), folders)[0] if wanted else {}
+    test = evaluate(model, restored.params, splits["test"]) if "test" in splits else None
     card = cards.make_card(
         info.image_shape,
         info.class_names,
         config=config.to_dict(),
         step=restored.step,
-        test_accuracy=test_accuracy,
+        test_accuracy=test.accuracy if test else None,
         dtype="int8" if int8 else "float32",
     )
-    trained = Trained(model, restored.params, info, card)
-    check = None
-    if verified:
-        check = Check(trained, splits["validation"], evaluated["validation"].probabilities)
-    files: list[Path] = []
-    for name in formats:
-        content = _content(name, trained, splits.get("train"), int8)
-        _write(targets[name], content, partial(check.file, name, int8) if check else None)
-        files.append(targets[name])
-        if name == "litert" and int8:
-            files += _write_micro(targets[name], content, trained, splits)
-    from tinyvgg_jax.export.torch import torch_module
-
-    module = torch_module(model, info.image_shape) if "torch" in formats else ""
-    return Exported(files, check.table() if check else "", module)
+    return Trained(model, restored.params, info, card), splits
 
 
 def _target(workdir: Path, name: str, int8: bool, output: str | Path | None) -> Path:
@@ -314,13 +314,10 @@ def _write(path: Path, content: bytes, check: Callable[[Path], None] | None) -> 
             scratch.unlink(missing_ok=True)
 
 
-def _write_micro(
-    path: Path, content: bytes, trained: Trained, splits: dict[str, Split]
-) -> list[Path]:
+def _write_micro(path: Path, content: bytes, trained: Trained, data: Split) -> list[Path]:
     """Writes the C++ pair of an int8 network, with images of the test split."""
     from tinyvgg_jax.export import micro
 
-    data = splits.get("test", splits["train"])
     artifact, _ = cards.read_appended(content)
     # The name stands in the code, too.
     name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)
@@ -343,16 +340,16 @@ def _write_micro(
 class Check:
     """Verification of the files of a run, one after another."""
 
-    def __init__(self, trained: Trained, data: Split, reference: np.ndarray):
+    def __init__(self, trained: Trained, data: Split):
         """Prepares the comparisons.
 
         Args:
             trained: the network.
             data: the validation split.
-            reference: `[N, num_classes]` its probabilities in JAX.
         """
-        self._trained, self._data, self._reference = trained, data, reference
-        self._accuracy = float((reference.argmax(axis=1) == data.labels).mean())
+        result = evaluate(trained.model, trained.params, data)
+        self._trained, self._data, self._reference = trained, data, result.probabilities
+        self._accuracy = result.accuracy
         predictor = Predictor(
             trained.model, trained.params, trained.info.image_shape, trained.info.class_names
         )
@@ -363,7 +360,7 @@ class Check:
         )
         self._rows = [verify.Verified("JAX", None, 0, self._accuracy, 0, 0.0, times)]
 
-    def file(self, name: str, int8: bool, path: Path) -> None:
+    def verify(self, name: str, int8: bool, path: Path) -> None:
         """Verifies a file of a format, and adds it to the table.
 
         Raises:

@@ -1,6 +1,6 @@
 """Export for PyTorch and back: its layout of the parameters, in a safetensors file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,10 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.layers import channels_first, layers_of
+from tinyvgg_jax.export.loaded import Call
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.runs.restore import abstract_params
 from tinyvgg_jax.step import to_float
-
-# Computes the probabilities `[B, num_classes]` of images `[B, H, W, C]` uint8.
-Call = Callable[[np.ndarray], np.ndarray]
 
 
 def to_torch(

@@ -1,13 +1,13 @@
 """Verification of exported networks: the written file, on images, beside the network in JAX."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.export.loaded import Call
 
 # Classes of nearly equal probability may change places by rounding.
 _ROUNDING = 1e-4
@@ -15,9 +15,6 @@ _ROUNDING = 1e-4
 _INT8_LOSS = 0.003
 # Seconds for a timing, and the number of images in a large batch.
 _TIMING_SECONDS, LARGE_BATCH = 0.5, 256
-
-# Computes the probabilities `[B, num_classes]` of images `[B, H, W, C]` uint8.
-Call = Callable[[np.ndarray], np.ndarray]
 
 
 class Verified(NamedTuple):

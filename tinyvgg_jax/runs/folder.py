@@ -66,14 +66,22 @@ def read_dataset(workdir: Path) -> DatasetInfo:
     Raises:
         UserError: if the file is missing or damaged.
     """
-    from tinyvgg_jax.data import DatasetInfo
-
     path = workdir / "dataset.json"
     content = read_json(path)
     if content is None:
         raise UserError(f"{workdir} holds no {path.name}.")
+    info = dataset_info(content)
+    if info is None:
+        raise UserError(f"{path} is damaged: it holds no image_shape or class_names of a dataset.")
+    return info
+
+
+def dataset_info(content: dict[str, Any]) -> DatasetInfo | None:
+    """Reads `image_shape` and `class_names` from JSON content; None if they are not there."""
+    from tinyvgg_jax.data import DatasetInfo
+
     shape, names = content.get("image_shape"), content.get("class_names")
-    if not (
+    if (
         isinstance(shape, list)
         and len(shape) == 3
         and all(type(size) is int and 0 < size < 1_000_000 for size in shape)
@@ -81,9 +89,8 @@ def read_dataset(workdir: Path) -> DatasetInfo:
         and names
         and all(isinstance(name, str) for name in names)
     ):
-        raise UserError(f"{path} is damaged: it holds no image_shape or class_names of a dataset.")
-
-    return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names))
+        return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names))
+    return None
 
 
 def read_summary(workdir: Path) -> dict[str, Any] | None:
