@@ -1,5 +1,6 @@
 """A run's folder: what may go on in it, and the messages about its files."""
 
+import errno
 import json
 import os
 import signal
@@ -12,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tensorboardX import RecordWriter
 from test_train import content_of
 
 from tinyvgg_jax import InterruptedRunError, UserError, restore, train, train_and_evaluate
 from tinyvgg_jax.pipeline import DevicePipeline
 from tinyvgg_jax.report.evaluation import evaluate_checkpoint, evaluate_each_seed
-from tinyvgg_jax.report.progress import tensorboard_writer
+from tinyvgg_jax.report.tensorboard import TensorBoard
 from tinyvgg_jax.runs import folder
 
 
@@ -306,7 +308,7 @@ def test_sizes_are_shown_in_a_unit_in_which_they_differ(
         ("metrics.jsonl", lambda workdir: folder.write_history(workdir, [])),
         ("summary.json", lambda workdir: folder.remove_file(workdir / "summary.json")),
         (".lock", lambda workdir: folder.locked(workdir).__enter__()),
-        ("tensorboard", lambda workdir: tensorboard_writer(workdir, [])),
+        ("tensorboard", lambda workdir: TensorBoard(workdir, [])),
     ],
 )
 def test_what_cannot_be_written_is_named(
@@ -319,6 +321,22 @@ def test_what_cannot_be_written_is_named(
         (tmp_path / name / "x").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"cannot write to {tmp_path / name}: "):
         write(tmp_path)
+
+
+def test_a_full_disk_at_tensorboards_end_does_not_hide_an_earlier_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = RecordWriter.close
+
+    def full(writer: Any) -> None:
+        close(writer)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "close", full)
+    with pytest.raises(UserError, match="tensorboard: No space"), TensorBoard(tmp_path, []):
+        pass
+    with pytest.raises(KeyError, match="earlier"), TensorBoard(tmp_path, []):
+        raise KeyError("earlier")
 
 
 def test_a_description_that_cannot_be_read_is_named(config: ConfigDict, tmp_path: Path) -> None:

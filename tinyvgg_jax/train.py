@@ -23,11 +23,9 @@ from tinyvgg_jax.report.progress import (
     Command,
     TrainingProgress,
     evaluation_progress,
-    tensorboard_close,
-    tensorboard_scalars,
-    tensorboard_writer,
 )
 from tinyvgg_jax.report.recipe import library_versions
+from tinyvgg_jax.report.tensorboard import TensorBoard
 from tinyvgg_jax.runs import files, folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
@@ -187,8 +185,8 @@ def train(members: list[Member], command: Command) -> None:
         for member in members:
             # Training goes on, so an earlier summary is out of date.
             folder.remove_file(member.run.workdir / "summary.json")
-            writers.append(tensorboard_writer(member.run.workdir, member.state.history))
-            opened.callback(tensorboard_close, writers[-1])
+            writer = TensorBoard(member.run.workdir, member.state.history)
+            writers.append(opened.enter_context(writer))
         for epoch in range(len(history), num_epochs):
             # -- Steps: compiled calls, of one step or of many, until the epoch's end or a signal.
             state, sums = stack([(member.state.train, member.state.sums) for member in members])
@@ -224,7 +222,7 @@ def train(members: list[Member], command: Command) -> None:
                 record = end_epoch(member.run, member.state, command)
                 member.state.save(member.checkpoints, record["validation_accuracy"])
                 folder.write_history(member.run.workdir, member.state.history)
-                tensorboard_scalars(writer, record)
+                writer.add(record)
             logger.info("%s", progress.epoch_line([m.state.history[-1] for m in members]))
             if received:
                 raise interrupted(members, command, received[0])

@@ -1,4 +1,4 @@
-"""Progress of training and evaluation on standard error, and scalars for TensorBoard.
+"""Progress of training and evaluation on standard error.
 
 On a terminal there is a bar, elsewhere a line every minute.
 """
@@ -14,7 +14,6 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyvgg_jax.evaluate import OnProgress
-from tinyvgg_jax.runs.files import subfolder, writing_to
 from tinyvgg_jax.runs.folder import steps_taken
 from tinyvgg_jax.runs.run import Run, Work
 from tinyvgg_jax.step import StepSums
@@ -303,48 +302,3 @@ def epoch_line(records: list[dict[str, Any]], num_epochs: int) -> str:
         f"accuracy {record['validation_accuracy']:.2%}; "
         f"{record['seconds']:.1f} s, {record['images_per_second']:,.0f} images/s"
     )
-
-
-def tensorboard_writer(workdir: Path, history: list[dict[str, Any]]) -> Any:
-    """Opens a `tensorboardX.SummaryWriter` that goes on after the epochs of a run so far.
-
-    Args:
-        workdir: the run's folder.
-        history: the records in `metrics.jsonl`; what TensorBoard has beyond them is discarded.
-
-    Raises:
-        UserError: if the events cannot be written.
-    """
-    from tensorboardX import SummaryWriter
-
-    folder = subfolder(workdir, "tensorboard")
-    purge_step = history[-1]["step"] + 1 if history else None
-    with writing_to(folder):
-        return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-def tensorboard_scalars(writer: Any, record: dict[str, Any]) -> None:
-    """Writes an epoch's record for TensorBoard, which groups `loss/...` and `accuracy/...`.
-
-    Args:
-        writer: a `tensorboardX.SummaryWriter`.
-        record: the epoch's record in `metrics.jsonl`.
-    """
-    with writing_to(Path(writer.logdir)):
-        for name, value in record.items():
-            split, _, kind = name.partition("_")
-            if split in ("train", "validation"):
-                writer.add_scalar(f"{kind}/{split}", value, record["step"])
-        writer.add_scalar("learning_rate", record["learning_rate"], record["step"])
-        writer.add_scalar("images_per_second", record["images_per_second"], record["step"])
-        writer.flush()
-
-
-def tensorboard_close(writer: Any) -> None:
-    """Closes a `tensorboardX.SummaryWriter`.
-
-    Raises:
-        UserError: if what it still holds cannot be written.
-    """
-    with writing_to(Path(writer.logdir)):
-        writer.close()
