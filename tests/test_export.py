@@ -326,6 +326,16 @@ def test_names_are_safe_in_c() -> None:
 # Errors
 
 
+@pytest.mark.parametrize("name", ["jax", "onnx", "litert", "torch"])
+@pytest.mark.parametrize("shape", [(12, 16, 1), (16, 16, 3)])
+def test_parameters_of_another_network_are_refused(name: str, shape: tuple[int, int, int]) -> None:
+    require(name)
+    trained = trained_network("grey")[0]
+    other = trained._replace(info=DatasetInfo(shape, trained.info.class_names))
+    with pytest.raises(ValueError, match=r"'s kernel is \[.*\], not \[.*\] as for images of \["):
+        FORMATS[name].export(other)
+
+
 def test_a_network_that_is_not_the_same_is_not_written(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,8 +344,8 @@ def test_a_network_that_is_not_the_same_is_not_written(
     shutil.copytree(trained[0], workdir)
     right = layers.layers_of
 
-    def wrong(model: TinyVGG, params: Any) -> list[layers.Layer]:
-        result = right(model, params)
+    def wrong(*network: Any) -> list[layers.Layer]:
+        result = right(*network)
         return [*result[:-1], result[-1]._replace(bias=result[-1].bias[::-1])]
 
     monkeypatch.setattr("tinyvgg_jax.export.stablehlo.layers_of", wrong)

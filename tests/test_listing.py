@@ -70,7 +70,8 @@ def test_what_cannot_be_read_is_one_line_and_stops_nothing(
     (runs / "a" / "metrics.jsonl").write_text("{damaged")
     found = list_runs([runs])
     assert len(found) == 4 and found[0].accuracy is None
-    (message,) = [record.getMessage() for record in caplog.records]
+    epochs, message = sorted(record.getMessage() for record in caplog.records)
+    assert epochs == f"{runs / 'a' / 'metrics.jsonl'} is damaged, so its epochs are not shown."
     assert message.startswith(f"{runs / 'c' / 'config.json'} {reason}") and "\n" not in message
 
 

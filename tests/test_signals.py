@@ -68,6 +68,18 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_ctrl_c_while_a_library_is_kept_quiet_is_answered() -> None:
+    code = (
+        "import os, sys; from tinyvgg_jax.export.loaded import quiet\n"
+        "with quiet(): os.write(2, b'from C++\\n'); print('interrupted', file=sys.stderr); "
+        "os._exit(130)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.slow
 def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path: Path) -> None:
     arguments = ["--mode", "predict", "--workdir", str(tmp_path), "x.png"]

@@ -258,7 +258,7 @@ def _invert() -> str:
 
 
 def _data_folders() -> Any:
-    """Where the data lies by the config that is given beside the run, if one is."""
+    """Folders of the data by the config that is given beside the run, if one is."""
     from tinyvgg_jax.report.evaluation import DataFolders
 
     data = {} if _CONFIG.value is None else _CONFIG.value.data

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.runs.restore import abstract_params
 
 
 class Convolution(NamedTuple):
@@ -47,7 +48,7 @@ class Dense(NamedTuple):
 Layer = Convolution | Dense
 
 
-def layers_of(model: TinyVGG, params: Any) -> list[Layer]:
+def layers_of(model: TinyVGG, params: Any, image_shape: tuple[int, int, int]) -> list[Layer]:
     """Lists the layers of a network in the order of their computation.
 
     The output of the last convolution is flattened in the order (height, width, channel).
@@ -55,10 +56,15 @@ def layers_of(model: TinyVGG, params: Any) -> list[Layer]:
     Args:
         model: the network.
         params: its parameters.
+        image_shape: `(H, W, C)` of its images.
 
     Returns:
         The convolutions, then the two dense layers; all arrays are float32 on the host.
+
+    Raises:
+        ValueError: if the parameters are not those of the network for such images.
     """
+    check_shapes(model, params, image_shape)
 
     def arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
         layer = params[name]
@@ -72,6 +78,29 @@ def layers_of(model: TinyVGG, params: Any) -> list[Layer]:
     result.append(Dense("dense", *arrays("dense"), relu=True))
     result.append(Dense("logits", *arrays("logits"), relu=False))
     return result
+
+
+def check_shapes(model: TinyVGG, params: Any, image_shape: tuple[int, int, int]) -> None:
+    """Checks that parameters have the shapes that a network needs.
+
+    Args:
+        model: the network.
+        params: for each layer, "kernel" and "bias".
+        image_shape: `(H, W, C)` of its images.
+
+    Raises:
+        ValueError: if a layer is missing, or has another shape.
+    """
+    for name, layer in abstract_params(model, image_shape).items():
+        if name not in params:
+            raise ValueError(f"there is no layer {name} in the parameters")
+        for part, array in layer.items():
+            found = params[name][part].shape
+            if found != array.shape:
+                raise ValueError(
+                    f"{name}'s {part} is {list(found)}, not {list(array.shape)} as for images of "
+                    f"{list(image_shape)}"
+                )
 
 
 def image_size_after(layers: list[Layer], image_shape: tuple[int, int, int]) -> tuple[int, int]:

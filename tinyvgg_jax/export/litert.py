@@ -28,7 +28,7 @@ def to_litert(model: TinyVGG, params: Any, image_shape: tuple[int, int, int]) ->
     Returns:
         The bytes of a `.tflite` file.
     """
-    logits = forward(layers_of(model, params))
+    logits = forward(layers_of(model, params, image_shape))
     with jax.enable_x64(False):
         exported = jax.export.export(
             jax.jit(lambda images: jax.nn.softmax(logits(images))), platforms=["cpu"]

@@ -22,7 +22,7 @@ Call = Callable[[np.ndarray], np.ndarray]
 
 
 class Loaded(NamedTuple):
-    """An exported network, which predicts as a `Predictor` does.
+    """An exported network, with the members of `predict.Classifier`.
 
     Attributes:
         path: its file.
@@ -102,18 +102,22 @@ def load(path: str | Path, threads: int | None = None) -> Loaded:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what libraries in C++ print on standard error; their exceptions come through."""
+    """Hides what libraries in C++ print on standard error; their exceptions come through.
+
+    What Python writes to `sys.stderr`, like the answer to Ctrl-C, is still seen.
+    """
     sys.stderr.flush()
-    before, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with (
+        Path(os.devnull).open("w") as null,
+        os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace") as shown,
+        contextlib.redirect_stderr(shown),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        os.dup2(null.fileno(), 2)
+        try:
             yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(null)
+        finally:
+            os.dup2(shown.fileno(), 2)
 
 
 def require(module: str, extra: str) -> Any:

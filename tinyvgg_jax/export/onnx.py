@@ -32,11 +32,14 @@ def to_onnx(model: TinyVGG, params: Any, image_shape: tuple[int, int, int]) -> b
 
     Returns:
         The bytes of an `.onnx` file.
+
+    Raises:
+        ValueError: if the parameters are not those of the network for such images.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    layers = channels_first(layers_of(model, params), image_shape)
+    layers = channels_first(layers_of(model, params, image_shape), image_shape)
     constants = [helper.make_tensor("scale", TensorProto.FLOAT, [], [1 / 255])]
     nodes = [
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),

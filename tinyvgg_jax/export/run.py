@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import os
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -290,7 +289,7 @@ def _content(name: str, trained: Trained, train: Split | None, int8: bool) -> by
 
 
 def _made(kind: Format, trained: Trained, train: Split | None, int8: bool) -> bytes:
-    with loaded.quiet(), contextlib.redirect_stdout(sys.stderr):
+    with loaded.quiet(), Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null):
         if int8 and kind.quantize and train is not None:
             # Images from everywhere in the split, whatever its order is.
             chosen = np.linspace(0, len(train) - 1, _CALIBRATION_IMAGES).astype(int)

@@ -28,7 +28,7 @@ def to_stablehlo(model: TinyVGG, params: Any, image_shape: tuple[int, int, int])
         The artifact. JAX promises to read it for six months of later versions, and three weeks of
         earlier ones.
     """
-    logits = forward(layers_of(model, params))
+    logits = forward(layers_of(model, params, image_shape))
 
     def probabilities(images: jax.Array) -> jax.Array:
         return jax.nn.softmax(logits(to_float(images)))

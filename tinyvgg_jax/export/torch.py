@@ -11,10 +11,9 @@ import numpy as np
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
-from tinyvgg_jax.export.layers import channels_first, layers_of
+from tinyvgg_jax.export.layers import channels_first, check_shapes, layers_of
 from tinyvgg_jax.export.loaded import Call
 from tinyvgg_jax.model import TinyVGG, apply
-from tinyvgg_jax.runs.restore import abstract_params
 from tinyvgg_jax.step import to_float
 
 
@@ -34,7 +33,7 @@ def to_torch(
         layers `[outputs, inputs]`.
     """
     tensors = {}
-    for layer in channels_first(layers_of(model, params), image_shape):
+    for layer in channels_first(layers_of(model, params, image_shape), image_shape):
         tensors[f"{layer.name}.weight"], tensors[f"{layer.name}.bias"] = layer.kernel, layer.bias
     return tensors
 
@@ -113,12 +112,7 @@ def _params_of(
             weight = weight.reshape(len(weight), -1)
         kernel = weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
         params[name] = {"kernel": np.ascontiguousarray(kernel), "bias": arrays[f"{name}.bias"]}
-    expected = abstract_params(model, image_shape)
-    for name, layer in expected.items():
-        for part, array in layer.items():
-            if params[name][part].shape != array.shape:
-                found = list(params[name][part].shape)
-                raise ValueError(f"{name}'s {part} is {found}, not {list(array.shape)}")
+    check_shapes(model, params, image_shape)
     return params
 
 

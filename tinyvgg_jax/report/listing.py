@@ -132,15 +132,21 @@ def _read(workdir: Path) -> ListedRun:
 
 def _last_epoch(workdir: Path) -> dict[str, Any]:
     """Reads the last record of `metrics.jsonl`; empty if there is none, or it is damaged."""
+    path = workdir / "metrics.jsonl"
     try:
-        with open_regular(workdir / "metrics.jsonl") as file:
+        with open_regular(path) as file:
             record = json.loads(file.read().splitlines()[-1])
         return {
             "epoch": int(record["epoch"]),
             "validation_accuracy": float(record["validation_accuracy"]),
         }
-    except (OSError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        logger.warning("%s cannot be read: %s", path, error.strerror)
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+        logger.warning("%s is damaged, so its epochs are not shown.", path)
+    return {}
 
 
 def runs_table(runs: Sequence[ListedRun]) -> str:
