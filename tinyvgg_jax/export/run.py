@@ -9,23 +9,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tinyvgg_jax.config import suggestion
 from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.evaluate import evaluate
+from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export import loaded, verify
 from tinyvgg_jax.export.card import Card
-from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.export.page import Tested
+from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.predict import Predictor
 from tinyvgg_jax.report.evaluation import AS_IN_CONFIG, DataFolders, load_run_splits
 from tinyvgg_jax.runs.files import subfolder, write_bytes, write_text, writing_to
 from tinyvgg_jax.runs.folder import read_dataset
 from tinyvgg_jax.runs.restore import restore_checkpoint, single_run_config
+from tinyvgg_jax.step import to_float
 
 # Images of the train split on which the ranges of an int8 network are measured.
 _CALIBRATION_IMAGES = 500
@@ -39,12 +42,16 @@ class Trained(NamedTuple):
         params: its parameters.
         info: its dataset's image shape and class names.
         card: its card.
+        tested: its predictions on the test split, if they are known.
+        title: a title for people, the name of the run's folder.
     """
 
     model: TinyVGG
     params: Any
     info: DatasetInfo
     card: Card
+    tested: Tested | None = None
+    title: str = "Tiny VGG"
 
 
 class Format(NamedTuple):
@@ -57,6 +64,8 @@ class Format(NamedTuple):
         export: makes the bytes of a file.
         quantize: makes the bytes of an int8 file from images `[N, H, W, C]` uint8 for
             calibration; None if the format has no int8.
+        stem: the name of its files without their suffix.
+        tested: whether it needs the network's predictions on the test split.
     """
 
     suffix: str
@@ -64,6 +73,8 @@ class Format(NamedTuple):
     extra: str
     export: Callable[[Trained], bytes]
     quantize: Callable[[Trained, np.ndarray], bytes] | None = None
+    stem: str = "model"
+    tested: bool = False
 
 
 def _export_jax(trained: Trained) -> bytes:
@@ -108,6 +119,13 @@ def _export_torch(trained: Trained) -> bytes:
     return torch.to_safetensors(tensors, trained.card)
 
 
+def _export_page(trained: Trained) -> bytes:
+    from tinyvgg_jax.export.page import to_page
+
+    assert trained.tested is not None
+    return to_page(trained.model, trained.params, trained.card, trained.tested, trained.title)
+
+
 FORMATS = {
     "jax": Format(".jax", ("flatbuffers",), "export", _export_jax),
     "onnx": Format(".onnx", ("onnx", "onnxruntime"), "onnx", _export_onnx, _quantize_onnx),
@@ -119,6 +137,7 @@ FORMATS = {
         _quantize_litert,
     ),
     "torch": Format(".safetensors", ("safetensors",), "export", _export_torch),
+    "page": Format(".html", (), "", _export_page, stem="page", tested=True),
 }
 
 
@@ -224,8 +243,11 @@ def export_run(
     if output is not None and len(formats) > 1:
         raise UserError(f"one file is named, and {len(formats)} formats are to be written.")
     targets = {name: _target(workdir, name, int8, output) for name in formats}
-    trained, splits = _load(workdir, step, int8, verified, folders)
-    check = Check(trained, splits["validation"]) if verified else None
+    wanted = {*(("validation", "test") if verified else ()), *(("train", "test") if int8 else ())}
+    if any(FORMATS[name].tested for name in formats):
+        wanted.add("test")
+    trained, splits, evaluated = _load(workdir, step, int8, wanted, folders)
+    check = Check(trained, splits["validation"], evaluated["validation"]) if verified else None
     files: list[Path] = []
     for name in formats:
         content = _content(name, trained, splits.get("train"), int8)
@@ -240,33 +262,43 @@ def export_run(
 
 
 def _load(
-    workdir: Path, step: int | str, int8: bool, verified: bool, folders: DataFolders
-) -> tuple[Trained, dict[str, Split]]:
-    """Restores a run's network, makes its card, and loads the splits that are needed."""
+    workdir: Path, step: int | str, int8: bool, wanted: set[str], folders: DataFolders
+) -> tuple[Trained, dict[str, Split], dict[str, Evaluation]]:
+    """Restores a run's network, loads splits, evaluates it on those held out, makes its card."""
     config, info = single_run_config(workdir), read_dataset(workdir)
     model, restored = restore_checkpoint(workdir, config, info, step)
     # Files compute in float32, so that is what they are compared with.
     model = model.clone(dtype=jnp.float32, native=False)
     # The train split calibrates, and images of the test split become a test on the board.
-    wanted = {*(("validation", "test") if verified else ()), *(("train", "test") if int8 else ())}
     splits = load_run_splits(config, sorted(wanted), folders)[0] if wanted else {}
-    test = evaluate(model, restored.params, splits["test"]) if "test" in splits else None
+    evaluated = {
+        name: evaluate(model, restored.params, split)
+        for name, split in splits.items()
+        if name != "train"
+    }
+    test = evaluated.get("test")
+    known = {f"{name}_accuracy": result.accuracy for name, result in evaluated.items()}
     card = cards.make_card(
         info.image_shape,
         info.class_names,
         config=config.to_dict(),
         step=restored.step,
-        test_accuracy=test.accuracy if test else None,
         dtype="int8" if int8 else "float32",
+        **({"test_accuracy": None} | known),
     )
-    return Trained(model, restored.params, info, card), splits
+    tested = None
+    if test:
+        tested = Tested(splits["test"].images, splits["test"].labels, test.predicted)
+    trained = Trained(model, restored.params, info, card, tested, workdir.resolve().name)
+    return trained, splits, evaluated
 
 
 def _target(workdir: Path, name: str, int8: bool, output: str | Path | None) -> Path:
     """Names the file of a format; checks `output` before anything is computed."""
     suffix = FORMATS[name].suffix
     if output is None:
-        return subfolder(workdir, "export") / f"model{'.int8' if int8 else ''}{suffix}"
+        file = f"{FORMATS[name].stem}{'.int8' if int8 else ''}{suffix}"
+        return subfolder(workdir, "export") / file
     path = local_path(output)
     if path.suffix != suffix:
         raise UserError(f"{path}: a file of the format {name} ends in {suffix}.")
@@ -339,14 +371,14 @@ def _write_micro(path: Path, content: bytes, trained: Trained, data: Split) -> l
 class Check:
     """Verification of the files of a run, one after another."""
 
-    def __init__(self, trained: Trained, data: Split):
+    def __init__(self, trained: Trained, data: Split, result: Evaluation):
         """Prepares the comparisons.
 
         Args:
             trained: the network.
             data: the validation split.
+            result: the network's evaluation on it.
         """
-        result = evaluate(trained.model, trained.params, data)
         self._trained, self._data, self._reference = trained, data, result.probabilities
         self._accuracy = result.accuracy
         predictor = Predictor(
@@ -388,4 +420,15 @@ def _calls(path: Path, trained: Trained) -> tuple[loaded.Call, loaded.Call | Non
         from tinyvgg_jax.export import torch
 
         return torch.load_call(path, trained.model, trained.info.image_shape)
+    if path.suffix == ".html":
+        from tinyvgg_jax.export.page import read_page
+
+        model, params, _ = read_page(path.read_text(encoding="utf-8"))
+        # Only a browser runs the page itself.
+        return partial(_in_jax, model, params), None
     return loaded.load(path).call, loaded.load(path, threads=1).call
+
+
+def _in_jax(model: TinyVGG, params: Any, images: np.ndarray) -> np.ndarray:
+    """Computes the probabilities of uint8 images."""
+    return np.asarray(jax.nn.softmax(apply(model, params, to_float(jnp.asarray(images)))))

@@ -1,0 +1,201 @@
+/** The ways of giving the network an image: examples, files, the camera, and drawing. */
+
+import { element, drawImage } from "./drawing.js";
+import { PictureError, preparePicture, readPicture } from "./pictures.js";
+
+/**
+ * Connects the inputs of the page.
+ *
+ * @param card what the page knows about the network.
+ * @param examples `[{ pixels, label, predicted }]`, images of the test split.
+ * @param onImage called with the network's image and `{ title, live, inverted, truth }`.
+ * @param onProblem called with a sentence if a picture cannot be used.
+ */
+export function connectInputs(card, examples, onImage, onProblem) {
+  const invert = document.getElementById("invert");
+  const stopLive = connectLive(card, invert, onImage, onProblem);
+  let again = () => {};
+
+  async function take(blob, title) {
+    stopLive();
+    again = () => take(blob, title);
+    try {
+      const { pixels, inverted } = await readPicture(blob, card.image_shape, invert.value);
+      onImage(pixels, { title, inverted });
+    } catch (error) {
+      if (!(error instanceof PictureError)) throw error;
+      onProblem(error.message);
+    }
+  }
+
+  showExamples(card, examples, (example, title) => {
+    stopLive();
+    again = () => {};
+    onImage(example.pixels, { title, truth: example.label });
+  });
+  invert.addEventListener("change", () => again());
+
+  const chooser = document.getElementById("file");
+  chooser.addEventListener("change", () => {
+    if (chooser.files.length) take(chooser.files[0], chooser.files[0].name);
+    chooser.value = "";
+  });
+  document.getElementById("choose").addEventListener("click", () => chooser.click());
+  connectDropAndPaste(take, onProblem);
+}
+
+/** Shows the images of the test split as a strip of buttons; the first one is pressed. */
+function showExamples(card, examples, onChosen) {
+  const strip = document.getElementById("examples");
+  const buttons = examples.map((example, i) => {
+    const canvas = element("canvas", { "aria-hidden": "true" });
+    drawImage(canvas, example.pixels);
+    const right = example.label === example.predicted;
+    const truth = card.class_names[example.label], predicted = card.class_names[example.predicted];
+    const title = right ? `${truth}, predicted correctly` : `${truth}, predicted as ${predicted}`;
+    const button = element(
+      "button",
+      { type: "button", class: right ? "example" : "example wrong", title,
+        "aria-label": `Test image ${i + 1}: ${title}`, "aria-pressed": "false" },
+      canvas);
+    button.addEventListener("click", () => {
+      release();
+      button.setAttribute("aria-pressed", "true");
+      onChosen(example, `Test image ${i + 1}: ${title}`);
+    });
+    return button;
+  });
+  strip.append(...buttons);
+  buttons[0]?.click();
+}
+
+function release() {
+  for (const pressed of document.querySelectorAll("#examples [aria-pressed=true]")) {
+    pressed.setAttribute("aria-pressed", "false");
+  }
+}
+
+/** Takes pictures that are dropped on the page or pasted into it. */
+function connectDropAndPaste(take, onProblem) {
+  const body = document.body;
+  const first = (files) => {
+    release();
+    if (files.length) take(files[0], files[0].name || "A pasted picture");
+    else onProblem("There is no picture in this. Drop a picture's file.");
+  };
+  body.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    body.classList.add("dropping");
+  });
+  body.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) body.classList.remove("dropping");
+  });
+  body.addEventListener("drop", (event) => {
+    event.preventDefault();
+    body.classList.remove("dropping");
+    first(event.dataTransfer.files);
+  });
+  document.addEventListener("paste", (event) => first(event.clipboardData.files));
+}
+
+/**
+ * Connects the camera and the drawing pad, of which at most one is open.
+ *
+ * @returns a function that closes them.
+ */
+function connectLive(card, invert, onImage, onProblem) {
+  const camera = document.getElementById("camera"), draw = document.getElementById("draw");
+  const video = document.getElementById("video"), pad = document.getElementById("pad");
+  const clear = document.getElementById("clear");
+  let stream = null;
+
+  function close() {
+    stream?.getTracks().forEach((track) => track.stop());
+    stream = null;
+    video.srcObject = null;
+    for (const part of [video, pad, clear]) part.hidden = true;
+    for (const button of [camera, draw]) button.setAttribute("aria-pressed", "false");
+  }
+
+  function use(source, title) {
+    try {
+      const { pixels, inverted } = preparePicture(source, card.image_shape, invert.value);
+      onImage(pixels, { title, inverted, live: true });
+    } catch (error) {
+      if (!(error instanceof PictureError)) throw error;
+      onProblem(error.message);
+    }
+  }
+
+  async function openCamera() {
+    try {
+      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    } catch {
+      onProblem("The camera cannot be used: there is none, or the browser was not allowed to.");
+      return;
+    }
+    video.srcObject = stream;
+    video.hidden = false;
+    camera.setAttribute("aria-pressed", "true");
+    await video.play();
+    const mine = stream;
+    const frame = () => {
+      if (stream !== mine) return;
+      use(video, "The camera");
+      setTimeout(frame, 150);
+    };
+    frame();
+  }
+
+  camera.hidden = !navigator.mediaDevices?.getUserMedia;
+  camera.addEventListener("click", () => {
+    const open = stream !== null;
+    close();
+    release();
+    if (!open) openCamera();
+  });
+  draw.addEventListener("click", () => {
+    const open = !pad.hidden;
+    close();
+    release();
+    if (open) return;
+    pad.hidden = clear.hidden = false;
+    draw.setAttribute("aria-pressed", "true");
+  });
+  connectPad(pad, clear, () => use(pad, "A drawing"));
+  return close;
+}
+
+/** Lets the pointer draw white lines on the black pad. */
+function connectPad(pad, clear, onDrawn) {
+  const context = pad.getContext("2d", { willReadFrequently: true });
+  const wipe = () => {
+    context.fillStyle = "#000";
+    context.fillRect(0, 0, pad.width, pad.height);
+  };
+  wipe();
+  Object.assign(context, { strokeStyle: "#fff", lineWidth: 22, lineCap: "round", lineJoin: "round" });
+  let last = null;
+  const place = (event) => {
+    const box = pad.getBoundingClientRect();
+    return [((event.clientX - box.left) * pad.width) / box.width,
+      ((event.clientY - box.top) * pad.height) / box.height];
+  };
+  const line = (event) => {
+    const next = place(event);
+    context.beginPath();
+    context.moveTo(...last);
+    context.lineTo(...next);
+    context.stroke();
+    last = next;
+    onDrawn();
+  };
+  pad.addEventListener("pointerdown", (event) => {
+    pad.setPointerCapture(event.pointerId);
+    last = place(event);
+    line(event);
+  });
+  pad.addEventListener("pointermove", (event) => { if (last) line(event); });
+  for (const end of ["pointerup", "pointercancel"]) pad.addEventListener(end, () => { last = null; });
+  clear.addEventListener("click", wipe);
+}
