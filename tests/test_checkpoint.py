@@ -375,6 +375,25 @@ def test_steps_are_numbers_latest_or_best(tmp_path: Path) -> None:
 METRICS = [b"", b"{", b"[]", b"[" * 100_000, b'{"validation_accuracy": 2.0}', "folder", "fifo"]
 
 
+@pytest.mark.parametrize("content", ["[]", "3", '"x"', "[" * 100_000, '{"a":' * 100_000, None])
+def test_damaged_times_of_a_checkpoint_are_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    """Orbax reads them when it opens a folder; None stands for a named pipe."""
+    fill(tmp_path / "c", {1: 0.5, 2: 0.9})
+    path = tmp_path / "c" / "1" / "_CHECKPOINT_METADATA"
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
+    fill(tmp_path / "c", {3: 0.7})
+    assert f"Removed {path}, which is damaged and not needed" in caplog.text
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+        assert checkpoints.restore_params("best", ABSTRACT[0]).step == 2
+
+
 @pytest.mark.parametrize("content", METRICS)
 def test_the_best_is_known_by_what_has_a_digest(tmp_path: Path, content: bytes | str) -> None:
     """Earlier versions wrote metrics without a digest, which Orbax reads when it opens."""

@@ -52,6 +52,8 @@ _ACCURACY = "validation_accuracy"
 _LATEST_KEPT = 2
 # An item of earlier versions.
 _METRICS = "metrics"
+# A file of Orbax in a checkpoint, with the times of its writing.
+_TIMES = "_CHECKPOINT_METADATA"
 # Entries of `progress` that are the checkpoint's own, and not the run's.
 _OWN_ENTRIES = ("shapes", "arrays", _ACCURACY)
 
@@ -131,6 +133,7 @@ class Checkpoints:
         """Makes Orbax's reader, and its manager of a folder that is written to."""
         if not self._read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
+            _clear_the_way(self._folder)
         self._orbax_folder = resources.enter_context(plain_path(self._folder))
         self._reader = resources.enter_context(ocp.Checkpointer(ocp.CompositeCheckpointHandler()))
         # A step whose accuracy cannot be known now is missing; None stands for the middle of an
@@ -142,7 +145,6 @@ class Checkpoints:
         }
         if self._read_only:
             return
-        _clear_the_way(self._folder)
         options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._accuracies))
         self._manager = ocp.CheckpointManager(self._orbax_folder, options=options)
 
@@ -456,27 +458,39 @@ def _best_first(steps: Sequence[int], accuracies: dict[int, float | None]) -> li
 
 
 def _clear_the_way(folder: Path) -> None:
-    """Removes metrics that Orbax could not read, because it would not open their folder.
+    """Removes what would keep Orbax from opening a folder, and what nothing here reads.
 
-    Earlier versions wrote them. Nothing here reads them, because they have no digest.
+    These are a checkpoint's times, and metrics that earlier versions wrote. Neither has a digest.
 
     Raises:
-        UserError: if metrics cannot be read, or a file is in the way of a checkpoint.
+        UserError: if such a file cannot be read, or a file is in the way of a checkpoint.
     """
     for step_folder in folder.glob("[0-9]*"):
         if not step_folder.is_dir():
             raise UserError(f"{step_folder} is in the way of a checkpoint: it is no folder.")
-        path = step_folder / _METRICS / _METRICS
-        try:
-            with open_regular(path) as file:
-                json.loads(file.read())
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except PermissionError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        except (OSError, ValueError, RecursionError) as error:
-            logger.warning("Removed %s, which is damaged and not needed: %s", path, error)
-            shutil.rmtree(path.parent)
+        metrics, times = step_folder / _METRICS / _METRICS, step_folder / _TIMES
+        if _is_unusable(metrics):
+            shutil.rmtree(metrics.parent)
+        # Orbax does without the file, and passes over a folder in its place.
+        if not times.is_dir() and _is_unusable(times):
+            times.unlink()
+
+
+def _is_unusable(path: Path) -> bool:
+    """Tells, with a warning, whether a file is there and holds no JSON object."""
+    try:
+        with open_regular(path) as file:
+            if isinstance(json.loads(file.read()), dict):
+                return False
+        reason: object = "it holds no JSON object"
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error
+    logger.warning("Removed %s, which is damaged and not needed: %s", path, reason)
+    return True
 
 
 def _damaged_folder(folder: Path) -> Path:
