@@ -20,7 +20,7 @@ from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export import loaded, verify
 from tinyvgg_jax.export.card import Card
-from tinyvgg_jax.export.page import Tested
+from tinyvgg_jax.export.page import SplitPredictions
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.predict import Predictor
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
     params: Any
     info: DatasetInfo
     card: Card
-    tested: Tested | None = None
+    tested: SplitPredictions | None = None
     title: str = "Tiny VGG"
 
 
@@ -288,7 +288,7 @@ def _load(
     )
     tested = None
     if test:
-        tested = Tested(splits["test"].images, splits["test"].labels, test.predicted)
+        tested = SplitPredictions(splits["test"].images, splits["test"].labels, test.predicted)
     trained = Trained(model, restored.params, info, card, tested, workdir.resolve().name)
     return trained, splits, evaluated
 

@@ -29,6 +29,7 @@ from tinyvgg_jax.runs.folder import read_summary
 _MAX_WRONG, _MAX_CORRECT = 24, 24
 _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 _MATRIX_NOTE = "A row for each true class, a column for each predicted class"
+_AT_WORK = '<p><a href="../export/page.html">See this network at work</a> in the browser.</p>'
 _SPLIT_LINKS = re.compile(r'<nav class="splits">.*?</nav>', re.DOTALL)
 
 
@@ -112,6 +113,7 @@ def _write_page(
         title=title,
         plain_title=text(f"{workdir.resolve().name}: {percentage(content['accuracy'])} on {split}"),
         facts=_facts(workdir, each[0]),
+        at_work=_AT_WORK if (workdir / "export" / "page.html").is_file() else "",
         cards=_cards(workdir, split, content),
         head=head,
         body=body,

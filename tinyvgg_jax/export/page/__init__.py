@@ -7,7 +7,6 @@ and some test images. Nothing is fetched, which its Content-Security-Policy enfo
 import base64
 import hashlib
 import html
-import json
 import re
 from pathlib import Path
 from string import Template
@@ -48,7 +47,7 @@ _RIGHT_PER_CLASS, _MOST_RIGHT, _MOST_WRONG = 2, 24, 12
 _ROUNDED = 1000
 
 
-class Tested(NamedTuple):
+class SplitPredictions(NamedTuple):
     """A network's predictions on a test split.
 
     Attributes:
@@ -62,7 +61,7 @@ class Tested(NamedTuple):
     predicted: np.ndarray
 
 
-def to_page(model: TinyVGG, params: Any, card: Card, tested: Tested, title: str) -> bytes:
+def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, title: str) -> bytes:
     """Exports a network to a page for the browser.
 
     The parameters are rounded to 16 bits, unless that changes the class of one of the first 1,000
@@ -113,7 +112,7 @@ def to_page(model: TinyVGG, params: Any, card: Card, tested: Tested, title: str)
 
 
 def _dtype(
-    model: TinyVGG, params: Any, shape: tuple[int, int, int], tested: Tested
+    model: TinyVGG, params: Any, shape: tuple[int, int, int], tested: SplitPredictions
 ) -> np.dtype[Any]:
     """Chooses float16, little-endian, if its rounding changes no class, else float32."""
     images, half = tested.images[:_ROUNDED], np.dtype("<f2")
@@ -161,7 +160,7 @@ def _described(
     return result
 
 
-def _examples(tested: Tested) -> np.ndarray:
+def _examples(tested: SplitPredictions) -> np.ndarray:
     """Chooses images of every class that are predicted correctly, and some that are not."""
     right = tested.predicted == tested.labels
     classes = np.unique(tested.labels)

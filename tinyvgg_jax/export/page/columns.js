@@ -53,6 +53,12 @@ export class Columns {
     this.#drawLinks();
   }
 
+  /** Finds the most active map of the last layer of a kind. */
+  mostActive(kind) {
+    const stage = this.stages.findLastIndex((one) => one.kind === kind);
+    return { stage, channel: this.columns[stage].order[0], pinned: false };
+  }
+
   /** Moves the keyboard's focus to the selected map. */
   focus() {
     this.#button(this.selected.stage, this.selected.channel)?.focus();
@@ -60,7 +66,7 @@ export class Columns {
 
   #makeColumn(stage, index) {
     const size = stage.height * stage.width > 1 ? ` of ${stage.height}\u00d7${stage.width}` : "";
-    const count = `${stage.channels}${size}`;
+    const count = `${stage.channels}${stage.kind === "output" ? " classes" : size}`;
     const maps = element("div", { class: "maps" });
     const more = element("button", { type: "button", class: "more" });
     const section = element(
