@@ -158,7 +158,7 @@ def test_a_set_up_command_is_one_line_that_makes_its_environment(mark: str) -> N
             [
                 "python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[dev]' && "
                 ".venv/bin/python -m tinyvgg_jax.main --mode prepare --config default && "
-                ".venv/bin/python -m pytest"
+                '.venv/bin/python -m pytest -m "not slow"'
             ],
         ),
         (

@@ -52,7 +52,7 @@ Compare runs on the same images; with --output, draw them too:
                              [--split train|validation|test] [--step N|latest|best]
 Export a network to other formats, and verify what was written:
   python -m tinyvgg_jax.main --mode export --workdir runs/default
-                             --format jax|onnx|litert|torch|all [--int8]
+                             --format jax|onnx|litert|torch|page|all [--int8]
                              [--step N|latest|best] [--output FILE] [--no_verify]
 List the runs below folders, and how far they are:
   python -m tinyvgg_jax.main --mode list [FOLDER...]

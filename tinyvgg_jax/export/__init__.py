@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tinyvgg_jax.export.litert import to_litert as to_litert
     from tinyvgg_jax.export.loaded import load as load
     from tinyvgg_jax.export.onnx import to_onnx as to_onnx
+    from tinyvgg_jax.export.page import to_page as to_page
     from tinyvgg_jax.export.run import export_run as export_run
     from tinyvgg_jax.export.stablehlo import to_stablehlo as to_stablehlo
     from tinyvgg_jax.export.torch import from_torch as from_torch
@@ -21,6 +22,7 @@ _HOME = {
     "load": "loaded",
     "to_litert": "litert",
     "to_onnx": "onnx",
+    "to_page": "page",
     "to_stablehlo": "stablehlo",
     "to_torch": "torch",
 }
@@ -30,6 +32,7 @@ __all__ = [
     "load",
     "to_litert",
     "to_onnx",
+    "to_page",
     "to_stablehlo",
     "to_torch",
 ]
