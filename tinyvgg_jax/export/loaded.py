@@ -15,7 +15,9 @@ from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.onnx import read_card
+from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.paths import local_path, open_regular
+from tinyvgg_jax.step import to_float
 
 # Computes the probabilities `[B, num_classes]` float32 of images `[B, H, W, C]` uint8.
 Call = Callable[[np.ndarray], np.ndarray]
@@ -98,6 +100,17 @@ def load(path: str | Path, threads: int | None = None) -> Loaded:
     if shape != (1, len(loaded.class_names)):
         raise UserError(f"{path} is damaged: its card names {len(loaded.class_names)} classes.")
     return loaded
+
+
+def call_in_jax(model: TinyVGG, params: Any) -> Call:
+    """Makes the call of a network that was read back from a file into JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    def call(images: np.ndarray) -> np.ndarray:
+        return np.asarray(jax.nn.softmax(apply(model, params, to_float(jnp.asarray(images)))))
+
+    return call
 
 
 @contextlib.contextmanager

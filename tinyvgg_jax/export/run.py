@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,14 +20,13 @@ from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export import loaded, verify
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.page import SplitPredictions
-from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.predict import Predictor
 from tinyvgg_jax.report.evaluation import AS_IN_CONFIG, DataFolders, load_run_splits
 from tinyvgg_jax.runs.files import subfolder, write_bytes, write_text, writing_to
 from tinyvgg_jax.runs.folder import read_dataset
 from tinyvgg_jax.runs.restore import restore_checkpoint, single_run_config
-from tinyvgg_jax.step import to_float
 
 # Images of the train split on which the ranges of an int8 network are measured.
 _CALIBRATION_IMAGES = 500
@@ -425,10 +423,5 @@ def _calls(path: Path, trained: Trained) -> tuple[loaded.Call, loaded.Call | Non
 
         model, params, _ = read_page(path.read_text(encoding="utf-8"))
         # Only a browser runs the page itself.
-        return partial(_in_jax, model, params), None
+        return loaded.call_in_jax(model, params), None
     return loaded.load(path).call, loaded.load(path, threads=1).call
-
-
-def _in_jax(model: TinyVGG, params: Any, images: np.ndarray) -> np.ndarray:
-    """Computes the probabilities of uint8 images."""
-    return np.asarray(jax.nn.softmax(apply(model, params, to_float(jnp.asarray(images)))))

@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.layers import channels_first, check_shapes, layers_of
-from tinyvgg_jax.export.loaded import Call
-from tinyvgg_jax.model import TinyVGG, apply
-from tinyvgg_jax.step import to_float
+from tinyvgg_jax.export.loaded import Call, call_in_jax
+from tinyvgg_jax.model import TinyVGG
 
 
 def to_torch(
@@ -169,12 +166,7 @@ def load_call(
         import torch
     except ImportError:
         network, params = from_torch(tensors, image_shape)
-        return (
-            lambda images: np.asarray(
-                jax.nn.softmax(apply(network, params, to_float(jnp.asarray(images))))
-            ),
-            None,
-        )
+        return call_in_jax(network, params), None
     names: dict[str, Any] = {}
     exec(torch_module(model, image_shape), names)
     module = names["model"]
