@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tinyvgg_jax.errors import UserError
@@ -104,8 +106,6 @@ def load(path: str | Path, threads: int | None = None) -> Loaded:
 
 def call_in_jax(model: TinyVGG, params: Any) -> Call:
     """Makes the call of a network that was read back from a file into JAX."""
-    import jax
-    import jax.numpy as jnp
 
     def call(images: np.ndarray) -> np.ndarray:
         return np.asarray(jax.nn.softmax(apply(model, params, to_float(jnp.asarray(images)))))
