@@ -12,7 +12,13 @@ import { readLayers, softmax } from "./network.js";
 const BARS = 10;
 
 const textOf = (id) => document.getElementById(id).textContent.trim();
-const bytesOf = (id) => Uint8Array.from(atob(textOf(id)), (letter) => letter.charCodeAt(0));
+
+/** Decodes base64, in a plain loop, since there are millions of bytes. */
+function bytesOf(id) {
+  const letters = atob(textOf(id)), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i);
+  return bytes;
+}
 
 const card = JSON.parse(textOf("card"));
 const weights = bytesOf("weights");
