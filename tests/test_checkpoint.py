@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import ROOT
 
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.runs import checkpoint, files, integrity
@@ -373,6 +376,27 @@ def test_steps_are_numbers_latest_or_best(tmp_path: Path) -> None:
 
 
 METRICS = [b"", b"{", b"[]", b"[" * 100_000, b'{"validation_accuracy": 2.0}', "folder", "fifo"]
+
+
+def test_a_damaged_checkpoint_leaves_no_traceback_behind(tmp_path: Path) -> None:
+    """Orbax leaves coroutines, which Python prints wherever it finds them."""
+    fill(tmp_path / "c", {1: 0.5, 2: 0.9})
+    next((tmp_path / "c" / "2" / "params" / "array_metadatas").iterdir()).write_bytes(b"")
+    code = (
+        "import gc, sys; from pathlib import Path;"
+        "from test_checkpoint import ABSTRACT, Checkpoints;"
+        "checkpoints = Checkpoints(Path(sys.argv[1]), read_only=True).__enter__();"
+        "print(checkpoints.restore_params('latest', ABSTRACT[0]).step); gc.collect()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "c")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "1\n", done.stderr
+    assert "is damaged" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"x"', "[" * 100_000, '{"a":' * 100_000, None])

@@ -1,5 +1,8 @@
 """Exceptions that the command line reports in one line, without a traceback."""
 
+import inspect
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake that the user can correct: a config field, a file, a folder. Exit status 2."""
@@ -32,3 +35,13 @@ class InterruptedRunError(Exception):
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message; its class if there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_leftover(unraisable: Any) -> bool:
+    """Tells whether `sys.unraisablehook` was given a coroutine that a library has left behind.
+
+    Orbax reads with coroutines. When one of them fails, others are never run to their end, and
+    Python would print a traceback of each whenever it finds them.
+    """
+    is_coroutine = inspect.iscoroutine(unraisable.object)
+    return is_coroutine or str(unraisable.exc_value) == "Event loop is closed"

@@ -9,7 +9,6 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) != _signal.SIG_I
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import errno
-import inspect
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 import tinyvgg_jax
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError
+from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError, is_leftover
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.report import terminal
 from tinyvgg_jax.signals import ctrl_c
@@ -100,12 +99,12 @@ _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def _show_unraisable(unraisable: Any) -> None:
     """Hides errors that libraries leave behind after a failure that is reported already.
 
-    These are coroutines of Orbax that could not read, threads of TensorStore after a failed save,
-    and what TensorBoard's writer could not write when the disk was full, which it tries again.
+    These are coroutines of Orbax that could not read, and files that could not grow, which
+    libraries try to write again when they are closed.
     """
     error = unraisable.exc_value
     full = isinstance(error, OSError) and error.errno in _DISK_FULL
-    if not (full or inspect.iscoroutine(unraisable.object) or str(error) == "Event loop is closed"):
+    if not (full or is_leftover(unraisable)):
         sys.__unraisablehook__(unraisable)
 
 

@@ -194,6 +194,8 @@ function orderOf({ kind, channels, data }) {
 /** Names a map, and says how active it is, for those who do not see it. */
 export function describeMap(stage, channel, map) {
   const largest = map.data.reduce((a, b) => Math.max(a, b));
+  const mean = map.data.reduce((a, b) => a + b) / map.data.length;
   const what = stage.kind === "dense" ? "unit" : "map";
-  return `${stage.name}, ${what} ${channel + 1} of ${stage.channels}, maximum ${largest.toFixed(2)}`;
+  const active = map.data.length > 1 ? `mean ${mean.toFixed(3)}, maximum ${largest.toFixed(2)}` : largest.toFixed(2);
+  return `${stage.name}, ${what} ${channel + 1} of ${stage.channels}: ${active}`;
 }
