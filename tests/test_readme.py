@@ -221,7 +221,8 @@ def is_named(path: Path, rows: dict[Path, str]) -> bool:
 
 def test_every_file_is_in_the_layout() -> None:
     rows = layout()
-    sources = [path for suffix in ("py", "c", "html") for path in PACKAGE.rglob(f"*.{suffix}")]
+    suffixes = ("py", "c", "html", "css", "js")
+    sources = [path for suffix in suffixes for path in PACKAGE.rglob(f"*.{suffix}")]
     sources += (ROOT / "configs").glob("*.py")
     assert len(sources) > 30
     missing = [path for path in sources if path.name != "__init__.py" and not is_named(path, rows)]
