@@ -91,6 +91,28 @@ def test_a_changed_page_is_noticed(change: tuple[str, bytes, bytes], tmp_path: P
         read_page("<html></html>")
 
 
+def test_large_parameters_keep_32_bits_and_those_that_are_no_numbers_are_refused() -> None:
+    model, shape = NETWORKS["grey"]
+    params = params_of(model, shape)
+    images = pictures(3, shape)
+    tested = SplitPredictions(images, np.zeros(3, int), np.zeros(3, int))
+    card = cards.make_card(shape, tuple("abcde"), step=1)
+    params["logits"]["bias"] = params["logits"]["bias"].at[0].set(1e5)
+    assert read_page(to_page(model, params, card, tested, "x").decode())[2]["bits"] == 32
+    with pytest.raises(ValueError, match="test split"):
+        to_page(model, params, card, SplitPredictions(images[:0], *[np.zeros(0, int)] * 2), "x")
+    params["logits"]["bias"] = params["logits"]["bias"].at[0].set(jnp.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        to_page(model, params, card, tested, "x")
+
+
+def test_every_class_has_an_example() -> None:
+    labels = np.repeat(np.arange(30), 3)
+    images = np.zeros((90, 4, 4, 1), np.uint8)
+    chosen = page_export._examples(SplitPredictions(images, labels, labels))
+    assert set(labels[chosen]) == set(range(30))
+
+
 # In a browser
 
 
@@ -336,6 +358,49 @@ def test_a_dropped_and_a_pasted_file_are_taken(
         page.wait_for_selector('#problem:text("There is no picture in this")')
 
 
+def test_of_two_choices_the_later_one_counts(
+    opened: Callable[..., Any], trained_page: tuple[Path, Predictor], tmp_path: Path
+) -> None:
+    large = tmp_path / "large.png"
+    pixels = np.zeros((4000, 6000), np.uint8)
+    pixels[1000:3000, 1000:5000] = 200
+    Image.fromarray(pixels).save(large)
+    page = opened(trained_page[0])
+    page.set_input_files("#file", large)
+    give(page, PICTURES[-1])
+    page.wait_for_timeout(1500)
+    assert page.inner_text("#about").startswith(PICTURES[-1].name)
+    # The inversion is that of the drawing, which is the latest choice.
+    page.click("#draw")
+    page.click("#pad")
+    page.wait_for_selector('#about:text("A drawing")')
+    page.select_option("#invert", "yes")
+    page.wait_for_selector('#about:text("A drawing, inverted")')
+    page.click("#clear")
+    page.wait_for_selector('#problem:text("alike")')
+
+
+def test_the_camera_is_off_when_something_else_was_chosen_meanwhile(
+    opened: Callable[..., Any], trained_page: tuple[Path, Predictor]
+) -> None:
+    page = opened(trained_page[0], permissions=["camera"])
+    page.evaluate(
+        """() => { const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+          window.tracks = [];
+          navigator.mediaDevices.getUserMedia = async (wish) => {
+            await new Promise((resolve) => setTimeout(resolve, 500));
+            const stream = await ask(wish);
+            tracks.push(...stream.getTracks());
+            return stream;
+          }; }"""
+    )
+    page.click("#camera")
+    page.click("#draw")
+    page.wait_for_timeout(1500)
+    assert page.evaluate("() => tracks.map(track => track.readyState)") == ["ended"]
+    assert page.is_hidden("#video") and page.is_visible("#pad")
+
+
 def test_the_camera_and_a_drawing_are_classified_live(
     opened: Callable[..., Any], trained_page: tuple[Path, Predictor]
 ) -> None:
@@ -365,8 +430,9 @@ def test_the_keyboard_alone_reaches_the_arithmetic(
     opened: Callable[..., Any], trained_page: tuple[Path, Predictor]
 ) -> None:
     page = opened(trained_page[0])
-    for _ in range(2):
-        page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert focused(page).startswith("Test image 1: ")
+    page.keyboard.press("ArrowRight")
     assert focused(page).startswith("Test image 2: ")
     page.keyboard.press("Enter")
     page.wait_for_selector('#about:text("Test image 2")')
@@ -387,8 +453,18 @@ def test_the_keyboard_alone_reaches_the_arithmetic(
     before = page.inner_text("#sum")
     page.keyboard.press("ArrowDown" if "Row 1," in before else "ArrowUp")
     assert "ReLU gives" in before and page.inner_text("#sum") != before
+    page.focus(".source")
+    page.keyboard.press("Enter")
+    assert focused(page).startswith("pool1, map ") and "arrow keys" in focused(page)
     page.keyboard.press("Escape")
-    assert focused(page) == chosen
+    assert focused(page).startswith("pool1, map ") and "arrow keys" not in focused(page)
+    # What has no pixels to choose, too.
+    page.focus(".column.output .map >> nth=1")
+    page.keyboard.press("Enter")
+    assert focused(page) == "detail-title"
+    page.keyboard.press("Escape")
+    assert focused(page).startswith("Trouser: ")
+    assert not page.query_selector(".pinned")
 
 
 def test_wide_layers_show_the_most_active_maps_first(

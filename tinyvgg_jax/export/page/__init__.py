@@ -78,11 +78,18 @@ def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, t
         The bytes of an HTML file.
 
     Raises:
-        ValueError: if the parameters are not those of the network for such images.
+        ValueError: if the parameters are not those of the network for such images, or not finite;
+            or if there are no test images.
     """
+    if not len(tested.labels):
+        raise ValueError("a page needs images of a test split")
     height, width, channels = card["image_shape"]
     shape = (height, width, channels)
     layers = layers_of(model, params, shape)
+    if not all(
+        np.isfinite(array).all() for layer in layers for array in (layer.kernel, layer.bias)
+    ):
+        raise ValueError("its parameters are not finite numbers")
     dtype = _dtype(model, params, shape, tested)
     weights = b"".join(_arrays(layer, dtype) for layer in layers)
     chosen = _examples(tested)
@@ -103,7 +110,7 @@ def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, t
     count = sum(layer["parameters"] for layer in described)
     return _filled(
         title=title,
-        facts=f"{count:,} parameters, {facts['accuracies']['test']:.2%} correct on the test split",
+        facts=f"{count:,} parameters, {facts['accuracies']['test']:.1%} correct on the test split",
         made=f"Made by {card['package']}.",
         card=cards.to_text(facts, weights),
         weights=weights,
@@ -117,6 +124,8 @@ def _dtype(
     """Chooses float16, little-endian, if its rounding changes no class, else float32."""
     images, half = tested.images[:_ROUNDED], np.dtype("<f2")
     rounded = jax.tree.map(lambda x: jnp.asarray(x, half).astype(jnp.float32), params)
+    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(rounded)):
+        return np.dtype("<f4")
     names = tuple(map(str, range(model.num_classes)))
     network = model.clone(dtype=jnp.float32, native=False)
     before, after = (
@@ -165,7 +174,9 @@ def _examples(tested: SplitPredictions) -> np.ndarray:
     right = tested.predicted == tested.labels
     classes = np.unique(tested.labels)
     of_each = [np.flatnonzero(right & (tested.labels == label)) for label in classes]
-    correct = np.concatenate([found[:_RIGHT_PER_CLASS] for found in of_each])[:_MOST_RIGHT]
+    # The first of every class, then the second of every class, and so on.
+    turns = [found[turn : turn + 1] for turn in range(_RIGHT_PER_CLASS) for found in of_each]
+    correct = np.concatenate(turns)[: max(_MOST_RIGHT, len(classes))]
     wrong = np.flatnonzero(~right)[:_MOST_WRONG]
     first = correct[:1] if len(correct) else wrong[:1]
     # After the first one, right and wrong ones stand among one another.

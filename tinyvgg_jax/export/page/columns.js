@@ -115,6 +115,8 @@ export class Columns {
       const { stage, channel, pinned } = this.selected ?? {};
       const same = stage === index && channel === Number(button.dataset.channel);
       choose(!(same && pinned));
+      // On a phone the details cover the lower part of the window.
+      if (matchMedia("(max-width: 48rem)").matches) button.scrollIntoView();
     });
     return button;
   }

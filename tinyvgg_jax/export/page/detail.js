@@ -33,9 +33,8 @@ export class Detail {
    * @param layers the network.
    * @param classNames the names of the classes.
    * @param onSelect called with a stage and a channel when a source is chosen.
-   * @param onLeave called when the reader goes back to the columns with the Escape key.
    */
-  constructor(layers, classNames, onSelect, onLeave) {
+  constructor(layers, classNames, onSelect) {
     this.layers = layers;
     this.classNames = classNames;
     this.onSelect = onSelect;
@@ -47,7 +46,7 @@ export class Detail {
     this.pixel = null;
     this.canvas.addEventListener("pointermove", (event) => this.#onPointer(event));
     this.canvas.addEventListener("pointerdown", (event) => this.#onPointer(event));
-    this.canvas.addEventListener("keydown", (event) => this.#onKey(event, onLeave));
+    this.canvas.addEventListener("keydown", (event) => this.#onKey(event));
   }
 
   /** Shows a map; a pixel that was chosen stays chosen while the map is the same. */
@@ -91,9 +90,8 @@ export class Detail {
     this.#drawPixel();
   }
 
-  #onKey(event, onLeave) {
+  #onKey(event) {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-    if (event.key === "Escape") onLeave();
     const move = moves[event.key];
     if (!move) return;
     event.preventDefault();
@@ -117,8 +115,8 @@ export class Detail {
     const rows = shown.map((source) => this.#sourceRow(input, source, largest));
     const rest = sources.length - shown.length;
     const caption = stage.kind === "convolution"
-      ? "Map before, kernel, and what it adds to this map"
-      : "Map before, and what it adds to this unit";
+      ? "Map before, kernel, what it adds to this map before ReLU, and the sum of that over all pixels"
+      : "Map before, what it adds to this unit before ReLU, and the sum of that over all pixels";
     this.sources.replaceChildren(
       element("h3", {}, "Where it comes from"),
       element("p", { class: "faint" }, `${caption}${rest > 0 ? `; the largest ${shown.length} of ${sources.length}` : ""}.`),
@@ -208,12 +206,14 @@ export class Detail {
     const { stages, index, channel, probabilities } = this, input = stages[index - 1];
     const { terms, bias, sum } = denseTerms(input, layerOf(this.layers, stages[index]), channel);
     const written = terms.slice(0, 2 * TERMS), logits = stages[index].data;
-    const powers = Array.from(logits, Math.exp);
-    const all = powers.reduce((a, b) => a + b);
+    const largest = logits.reduce((a, b) => Math.max(a, b));
+    const power = (logit) => Math.exp(logit - largest);
+    const all = logits.reduce((sum, logit) => sum + power(logit), 0);
     return [
       sentence(`Logit: ${sumText(terms, written, bias, sum)}.`),
-      sentence(`Softmax: exp(${numeral(logits[channel])}) / ${numeral(all)} = ${percent(probabilities[channel])}, ` +
-        "where the divisor is the sum of exp(logit) over all classes."),
+      sentence(`Softmax: exp(${numeral(logits[channel])} \u2212 ${numeral(largest)}) / ${numeral(all)} = ` +
+        `${percent(probabilities[channel])}. The largest logit is subtracted from each, and the divisor ` +
+        "is the sum of exp over all classes."),
       products(written, ({ channel: from }) => `${input.name} ${from + 1}`),
     ];
   }
@@ -231,7 +231,7 @@ function sumText(terms, written, bias, sum) {
     if (i === 0) return numeral(value);
     return value < 0 ? `\u2212 ${numeral(-value)}` : `+ ${numeral(value)}`;
   };
-  const tail = others.length ? ` ${signed(rest, 1)} (${others.length} others)` : "";
+  const tail = others.length ? ` ${signed(rest, 1)} (${others.length} other${others.length > 1 ? "s" : ""})` : "";
   return `${parts.map(signed).join(" ")}${tail} ${signed(bias, 1)} (bias) = ${numeral(sum)}`;
 }
 

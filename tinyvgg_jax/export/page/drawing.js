@@ -16,13 +16,18 @@ export function numeral(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   const digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3;
-  const text = size < 0.0005 ? size.toExponential(0) : size.toFixed(digits);
+  const text = size < 0.0005 || size >= 1e6 ? size.toExponential(1) : size.toFixed(digits);
   return (value < 0 ? "\u2212" : "") + text;
+}
+
+/** Keeps a name that is written from right to left from turning the sentence around it. */
+export function isolated(name) {
+  return `\u2068${name}\u2069`;
 }
 
 /** Formats a fraction as a percentage. */
 export function percent(fraction) {
-  return `${(100 * fraction).toFixed(1)} %`;
+  return Number.isFinite(fraction) ? `${(100 * fraction).toFixed(1)} %` : "not a number";
 }
 
 // Colours, as red, green and blue, from 0 to the largest value: dark over orange to a pale yellow.

@@ -10,7 +10,7 @@ export function showFacts(card) {
     sentences.push(`${percent(accuracy)} on ${split}`);
   }
   document.getElementById("accuracies").textContent =
-    `Accuracy of this checkpoint, after ${card.step.toLocaleString("en")} steps: ${sentences.join(", ")}.`;
+    `Accuracy of this checkpoint, after step ${(card.step ?? 0).toLocaleString("en")}: ${sentences.join(", ")}.`;
   showConfusion(card.confusion, card.class_names);
 }
 
@@ -35,8 +35,8 @@ function showConfusion(counts, names) {
       const title = `${names[truth]}, predicted as ${names[predicted]}: ${count} of ${all}`;
       const cell = element("td", { title }, count ? String(count) : "");
       if (count) {
-        cell.style.setProperty("--shade", Math.min(1, 0.08 + (1.4 * count) / all).toFixed(2));
-        cell.className = count / all > 0.35 ? "shaded deep" : "shaded";
+        cell.style.setProperty("--shade", (count / all > 0.55 ? 1 : 0.08 + (0.5 * count) / all).toFixed(2));
+        cell.className = count / all > 0.55 ? "shaded deep" : "shaded";
       }
       return cell;
     });

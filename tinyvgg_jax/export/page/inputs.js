@@ -1,6 +1,6 @@
 /** The ways of giving the network an image: examples, files, the camera, and drawing. */
 
-import { element, drawImage } from "./drawing.js";
+import { drawImage, element, isolated } from "./drawing.js";
 import { PictureError, preparePicture, readPicture } from "./pictures.js";
 
 /**
@@ -13,18 +13,21 @@ import { PictureError, preparePicture, readPicture } from "./pictures.js";
  */
 export function connectInputs(card, examples, onImage, onProblem) {
   const invert = document.getElementById("invert");
-  const stopLive = connectLive(card, invert, onImage, onProblem);
+  // What is done once more when the choice of inversion changes; the latest choice alone counts.
   let again = () => {};
+  const stopLive = connectLive(card, invert, onImage, onProblem, (repeat) => { again = repeat; });
 
   async function take(blob, title) {
     stopLive();
-    again = () => take(blob, title);
+    release();
+    const repeat = () => take(blob, title);
+    again = repeat;
     try {
       const { pixels, inverted } = await readPicture(blob, card.image_shape, invert.value);
-      onImage(pixels, { title, inverted });
+      if (again === repeat) onImage(pixels, { title, inverted });
     } catch (error) {
       if (!(error instanceof PictureError)) throw error;
-      onProblem(error.message);
+      if (again === repeat) onProblem(error.message);
     }
   }
 
@@ -51,7 +54,8 @@ function showExamples(card, examples, onChosen) {
     const canvas = element("canvas", { "aria-hidden": "true" });
     drawImage(canvas, example.pixels);
     const right = example.label === example.predicted;
-    const truth = card.class_names[example.label], predicted = card.class_names[example.predicted];
+    const truth = isolated(card.class_names[example.label]);
+    const predicted = isolated(card.class_names[example.predicted]);
     const title = right ? `${truth}, predicted correctly` : `${truth}, predicted as ${predicted}`;
     const button = element(
       "button",
@@ -66,7 +70,22 @@ function showExamples(card, examples, onChosen) {
     return button;
   });
   strip.append(...buttons);
+  connectArrows(strip, buttons);
   buttons[0]?.click();
+}
+
+/** Lets the arrow keys go along the strip, which is a single stop for the Tab key. */
+function connectArrows(strip, buttons) {
+  buttons.forEach((button, i) => { button.tabIndex = i ? -1 : 0; });
+  strip.addEventListener("focusin", ({ target }) => {
+    for (const button of buttons) button.tabIndex = button === target ? 0 : -1;
+  });
+  strip.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    buttons[buttons.indexOf(event.target) + step]?.focus();
+  });
 }
 
 function release() {
@@ -79,7 +98,6 @@ function release() {
 function connectDropAndPaste(take, onProblem) {
   const body = document.body;
   const first = (files) => {
-    release();
     if (files.length) take(files[0], files[0].name || "A pasted picture");
     else onProblem("There is no picture in this. Drop a picture's file.");
   };
@@ -101,15 +119,17 @@ function connectDropAndPaste(take, onProblem) {
 /**
  * Connects the camera and the drawing pad, of which at most one is open.
  *
+ * @param onOpen called with what is done once more when the choice of inversion changes.
  * @returns a function that closes them.
  */
-function connectLive(card, invert, onImage, onProblem) {
+function connectLive(card, invert, onImage, onProblem, onOpen) {
   const camera = document.getElementById("camera"), draw = document.getElementById("draw");
   const video = document.getElementById("video"), pad = document.getElementById("pad");
   const clear = document.getElementById("clear");
-  let stream = null;
+  let stream = null, opened = 0;
 
   function close() {
+    opened++;
     stream?.getTracks().forEach((track) => track.stop());
     stream = null;
     video.srcObject = null;
@@ -128,15 +148,25 @@ function connectLive(card, invert, onImage, onProblem) {
   }
 
   async function openCamera() {
+    const own = opened;
+    camera.setAttribute("aria-pressed", "true");
+    let found;
     try {
-      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      found = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     } catch {
+      if (own !== opened) return;
+      close();
       onProblem("The camera cannot be used: there is none, or the browser was not allowed to.");
       return;
     }
+    // Something else may have been chosen while the browser asked for permission.
+    if (own !== opened) {
+      found.getTracks().forEach((track) => track.stop());
+      return;
+    }
+    stream = found;
     video.srcObject = stream;
     video.hidden = false;
-    camera.setAttribute("aria-pressed", "true");
     await video.play();
     const mine = stream;
     const frame = () => {
@@ -149,20 +179,25 @@ function connectLive(card, invert, onImage, onProblem) {
 
   camera.hidden = !navigator.mediaDevices?.getUserMedia;
   camera.addEventListener("click", () => {
-    const open = stream !== null;
+    const open = camera.getAttribute("aria-pressed") === "true";
     close();
     release();
+    onOpen(() => {});
     if (!open) openCamera();
   });
   draw.addEventListener("click", () => {
     const open = !pad.hidden;
     close();
-    release();
+    onOpen(() => {});
     if (open) return;
     pad.hidden = clear.hidden = false;
     draw.setAttribute("aria-pressed", "true");
   });
-  connectPad(pad, clear, () => use(pad, "A drawing"));
+  connectPad(pad, clear, () => {
+    release();
+    onOpen(() => use(pad, "A drawing"));
+    use(pad, "A drawing");
+  });
   return close;
 }
 
@@ -197,5 +232,8 @@ function connectPad(pad, clear, onDrawn) {
   });
   pad.addEventListener("pointermove", (event) => { if (last) line(event); });
   for (const end of ["pointerup", "pointercancel"]) pad.addEventListener(end, () => { last = null; });
-  clear.addEventListener("click", wipe);
+  clear.addEventListener("click", () => {
+    wipe();
+    onDrawn();
+  });
 }

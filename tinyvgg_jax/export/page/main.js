@@ -2,7 +2,7 @@
 
 import { Columns } from "./columns.js";
 import { Detail, sourcesOf } from "./detail.js";
-import { drawImage, drawSaliency, element, percent } from "./drawing.js";
+import { drawImage, drawSaliency, element, isolated, percent } from "./drawing.js";
 import { showFacts } from "./facts.js";
 import { gradCam } from "./gradcam.js";
 import { connectInputs } from "./inputs.js";
@@ -30,8 +30,10 @@ worker.postMessage({ layers: card.layers, weights, bits: card.bits });
 let waiting = null, busy = false, answer = null, saliencyClass = null;
 
 const columns = new Columns(document.getElementById("columns"), card.class_names, select);
-const detail = new Detail(
-  layers, card.class_names, (stage, channel) => select(stage, channel, true), () => columns.focus());
+const detail = new Detail(layers, card.class_names, (stage, channel) => {
+  select(stage, channel, true);
+  detail.focus();
+});
 
 /** Asks the worker for an answer; of several images in a hurry only the last one is computed. */
 function classify(pixels, about) {
@@ -49,7 +51,7 @@ function send() {
   const image = { name: "input", kind: "input", height, width, channels, data };
   worker.onmessage = ({ data: { stages, milliseconds } }) => {
     busy = false;
-    if (milliseconds) {
+    if (milliseconds !== undefined) {
       document.getElementById("time").textContent =
         `${milliseconds.toFixed(1)} ms an image in this browser, with all its maps.`;
     } else {
@@ -74,10 +76,15 @@ worker.onerror = () => say("This browser cannot run the network: it allows no wo
 function show({ pixels, about, stages, probabilities }) {
   drawImage(document.getElementById("image"), pixels);
   const best = probabilities.indexOf(Math.max(...probabilities));
-  const { title, truth, inverted } = about;
-  const verdict = truth == null ? "" : truth === best ? ", correctly" : `, but it is ${card.class_names[truth]}`;
+  const { title, truth, inverted, live } = about;
+  // What is read aloud must not change with every image of the camera.
+  for (const id of ["answer", "sum"]) {
+    document.getElementById(id).setAttribute("aria-live", live ? "off" : "polite");
+  }
+  const verdict = truth == null ? "" : truth === best ? ", correctly" : `, but it is ${isolated(card.class_names[truth])}`;
   document.getElementById("answer").textContent =
-    `${card.class_names[best]}, ${percent(probabilities[best])}${verdict}`;
+    best < 0 ? "The network's outputs are not numbers."
+      : `${isolated(card.class_names[best])}, ${percent(probabilities[best])}${verdict}`;
   document.getElementById("about").textContent = `${title}${inverted ? ", inverted" : ""}`;
   showBars(probabilities, truth);
   showSaliency();
@@ -116,6 +123,13 @@ function select(stage, channel, pinned) {
   document.body.classList.toggle("pinned", Boolean(pinned));
 }
 
+/** Lets go of the map that was kept, and goes back to it. */
+function leave() {
+  const { stage, channel } = columns.selected;
+  select(stage, channel, false);
+  columns.focus();
+}
+
 function say(problem) {
   document.getElementById("problem").textContent = problem;
 }
@@ -145,10 +159,10 @@ document.getElementById("columns").addEventListener("click", (event) => {
   // A click of the keyboard has no position.
   if (event.detail === 0 && event.target.closest(".map")) detail.focus();
 });
-document.getElementById("close").addEventListener("click", () => {
-  const { stage, channel } = columns.selected;
-  select(stage, channel, false);
-  columns.focus();
+document.getElementById("close").addEventListener("click", leave);
+document.addEventListener("keydown", (event) => {
+  const within = document.getElementById("detail").contains(event.target);
+  if (event.key === "Escape" && (within || columns.selected?.pinned)) leave();
 });
 connectSaliency();
 showFacts(card);

@@ -2,11 +2,13 @@
  * Pictures as a network's images: a light garment, trimmed and centred, on black.
  *
  * These are the steps of `tinyvgg_jax/pictures.py`, which says why they are taken, with the same
- * constants. An array of pixels is `{ height, width, channels, data }`, its data a Uint8Array in the
+ * constants. A browser hands out 8 bits of each value, so that pictures of 16 bits, of which only some
+ * are used, are darker here. An array of pixels is `{ height, width, channels, data }`, its data a Uint8Array in the
  * order (row, column, channel).
  */
 
-const MOST_PIXELS = 100e6, LEAST_SIDE = 8, DETAIL = 16;
+// Canvases have a longest side, which differs between browsers; this one all of them have.
+const MOST_PIXELS = 100e6, LONGEST_SIDE = 16384, LEAST_SIDE = 8, DETAIL = 16;
 const SAME = 25, ALIKE = 8, DIM = 128, CUT_OUT = 0.05;
 
 /** An error whose message is a sentence for the reader of the page. */
@@ -23,6 +25,9 @@ export class PictureError extends Error {}
  */
 export async function readPicture(blob, shape, invert) {
   const [width, height] = await sizeOf(blob);
+  if (Math.max(width, height) > LONGEST_SIDE && width * height <= MOST_PIXELS) {
+    throw new PictureError(`A browser reads no side of ${Math.max(width, height).toLocaleString("en")} pixels.`);
+  }
   if (width * height > MOST_PIXELS) {
     throw new PictureError(
       `This picture has ${width.toLocaleString("en")} x ${height.toLocaleString("en")} pixels; ` +
@@ -37,7 +42,8 @@ export async function readPicture(blob, shape, invert) {
     bitmap = await createImageBitmap(
       blob, { premultiplyAlpha: "none", colorSpaceConversion: "none" });
   } catch {
-    throw new PictureError("This picture cannot be read: it is damaged, or too large for the browser.");
+    throw new PictureError(
+      "This picture cannot be read: it is damaged, too large, or of a kind that has no pixels, like SVG.");
   }
   try {
     return preparePicture(bitmap, shape, invert);
