@@ -9,8 +9,9 @@ export function showFacts(card) {
   for (const [split, accuracy] of Object.entries(card.accuracies)) {
     sentences.push(`${percent(accuracy)} on ${split}`);
   }
+  const when = card.step == null ? "" : `, after ${card.step.toLocaleString("en")} optimizer steps`;
   document.getElementById("accuracies").textContent =
-    `Accuracy of this checkpoint, after step ${(card.step ?? 0).toLocaleString("en")}: ${sentences.join(", ")}.`;
+    `Accuracy of these parameters${when}: ${sentences.join(", ")}.`;
   showConfusion(card.confusion, card.class_names);
 }
 
