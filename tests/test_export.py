@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from tinyvgg_jax import UserError
-from tinyvgg_jax.data import DatasetInfo
+from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export import layers, loaded, micro, run, verify
 from tinyvgg_jax.export.run import FORMATS, export_run, formats_of
@@ -321,6 +321,15 @@ def test_tensorflow_lite_micro_gives_the_outputs_in_the_header(exported: dict[st
 
 def test_names_are_safe_in_c() -> None:
     assert micro._string('a"b\\?é\n') == r'"a\042b\134\077\303\251\012"'
+
+
+@pytest.mark.parametrize("name", ["onnx", "litert"])
+def test_libraries_print_nothing(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    require(name)
+    trained = trained_network("grey")[0]
+    images = pictures(600, trained.info.image_shape)
+    run._made(FORMATS[name], trained, Split(images, np.zeros(600, np.int32)), True)
+    assert capfd.readouterr() == ("", "")
 
 
 # Errors

@@ -319,7 +319,13 @@ def _content(name: str, trained: Trained, train: Split | None, int8: bool) -> by
 
 
 def _made(kind: Format, trained: Trained, train: Split | None, int8: bool) -> bytes:
-    with loaded.quiet(), Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null):
+    with (
+        loaded.quiet(),
+        Path(os.devnull).open("w") as null,
+        # The libraries show bars of their own.
+        contextlib.redirect_stdout(null),
+        contextlib.redirect_stderr(null),
+    ):
         if int8 and kind.quantize and train is not None:
             # Images from everywhere in the split, whatever its order is.
             chosen = np.linspace(0, len(train) - 1, _CALIBRATION_IMAGES).astype(int)
