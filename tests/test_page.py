@@ -48,6 +48,12 @@ def make_page(name: str, folder: Path) -> tuple[Path, Predictor, np.ndarray]:
     return path, Predictor(model, params, shape, names), images
 
 
+@pytest.fixture(autouse=True)
+def no_network_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks keep 32 bits, which fewer faults can get into."""
+    monkeypatch.setattr(page_export, "_SMALL", 0)
+
+
 # Without a browser
 
 
@@ -89,6 +95,12 @@ def test_a_changed_page_is_noticed(change: tuple[str, bytes, bytes], tmp_path: P
         read_page((before + start + rest.replace(old, new, 1)).decode())
     with pytest.raises(ValueError, match="no page"):
         read_page("<html></html>")
+
+
+def test_a_small_network_keeps_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_page(make_page("grey", tmp_path)[0].read_text())[2]["bits"] == 16
+    monkeypatch.undo()
+    assert read_page(make_page("grey", tmp_path)[0].read_text())[2]["bits"] == 32
 
 
 def test_large_parameters_keep_32_bits_and_those_that_are_no_numbers_are_refused() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.layers import Convolution, Layer, layers_of
-from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.model import TinyVGG, count_parameters
 from tinyvgg_jax.predict import Predictor
 from tinyvgg_jax.report.describe import describe_model
 from tinyvgg_jax.report.scores import confusion_matrix
@@ -43,8 +43,9 @@ _IMPORT = re.compile(r"^import [^;]*;\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export ", re.MULTILINE)
 # Test images that the page brings: of each class so many that are predicted correctly, and others.
 _RIGHT_PER_CLASS, _MOST_RIGHT, _MOST_WRONG = 2, 24, 12
-# Test images on which the parameters are rounded only if that changes no class.
-_ROUNDED = 1000
+# Networks with more parameters are rounded to 16 bits, if that changes the class of none of so many
+# test images. Those with fewer make small pages all the same.
+_SMALL, _ROUNDED = 200_000, 1000
 
 
 class SplitPredictions(NamedTuple):
@@ -64,8 +65,8 @@ class SplitPredictions(NamedTuple):
 def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, title: str) -> bytes:
     """Exports a network to a page for the browser.
 
-    The parameters are rounded to 16 bits, unless that changes the class of one of the first 1,000
-    test images.
+    More than 200,000 parameters are rounded to 16 bits, unless that changes the class of one of the
+    first 1,000 test images.
 
     Args:
         model: the network; whatever its dtype, the page computes in float32 or more.
@@ -121,7 +122,9 @@ def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, t
 def _dtype(
     model: TinyVGG, params: Any, shape: tuple[int, int, int], tested: SplitPredictions
 ) -> np.dtype[Any]:
-    """Chooses float16, little-endian, if its rounding changes no class, else float32."""
+    """Chooses float16, little-endian, for a large network whose classes it keeps, else float32."""
+    if count_parameters(params) <= _SMALL:
+        return np.dtype("<f4")
     images, half = tested.images[:_ROUNDED], np.dtype("<f2")
     rounded = jax.tree.map(lambda x: jnp.asarray(x, half).astype(jnp.float32), params)
     if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(rounded)):
