@@ -69,7 +69,7 @@ def test_the_network_is_read_back(name: str, tmp_path: Path) -> None:
 def test_a_network_that_rounding_would_change_keeps_32_bits(tmp_path: Path) -> None:
     model, shape = TinyVGG(widths=(2,), convs_per_block=1, hidden=2, num_classes=2), (4, 4, 1)
     params = params_of(model, shape)
-    # Of two classes that differ by less than 16 bits can tell, the first would be taken.
+    # If two classes differ by less than 16 bits can tell, the first would be taken.
     params["logits"]["kernel"] = jnp.zeros((2, 2))
     params["logits"]["bias"] = jnp.array([1.0, 1.0 + 1e-5])
     images = pictures(3, shape)
@@ -471,7 +471,7 @@ def test_the_keyboard_alone_reaches_the_arithmetic(
     assert focused(page).startswith("pool1, map ") and "arrow keys" in focused(page)
     page.keyboard.press("Escape")
     assert focused(page).startswith("pool1, map ") and "arrow keys" not in focused(page)
-    # What has no pixels to choose, too.
+    # Escape leads back from details without pixels, too.
     page.focus(".column.output .map >> nth=1")
     page.keyboard.press("Enter")
     assert focused(page) == "detail-title"
