@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
 
+from tinyvgg_jax import errors
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.runs import checkpoint, files, integrity
 from tinyvgg_jax.runs.checkpoint import Checkpoints
@@ -397,6 +399,24 @@ def test_a_damaged_checkpoint_leaves_no_traceback_behind(tmp_path: Path) -> None
     )
     assert done.stdout == "1\n", done.stderr
     assert "is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_only_coroutines_of_orbax_are_hidden() -> None:
+    """Someone's own coroutine that fails is for them to see."""
+
+    async def nothing() -> None:
+        pass
+
+    code = nothing.__code__.replace(co_filename="/site-packages/orbax/checkpoint/reader.py")
+    of_orbax = types.FunctionType(code, {})()
+    own = nothing()
+    try:
+        for coroutine in own, of_orbax:
+            seen = types.SimpleNamespace(object=coroutine, exc_value=RuntimeError("closed"))
+            assert errors.is_leftover(seen) == (coroutine is of_orbax)
+    finally:
+        own.close()
+        of_orbax.close()
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"x"', "[" * 100_000, '{"a":' * 100_000, None])

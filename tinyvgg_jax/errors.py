@@ -1,6 +1,9 @@
 """Exceptions that the command line reports in one line, without a traceback."""
 
+import functools
 import inspect
+import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -38,10 +41,25 @@ def first_line(error: BaseException) -> str:
 
 
 def is_leftover(unraisable: Any) -> bool:
-    """Tells whether `sys.unraisablehook` was given a coroutine that a library has left behind.
+    """Tells whether `sys.unraisablehook` was given a coroutine that Orbax has left behind.
 
     Orbax reads with coroutines. When one of them fails, others are never run to their end, and
     Python would print a traceback of each whenever it finds them.
     """
-    is_coroutine = inspect.iscoroutine(unraisable.object)
-    return is_coroutine or str(unraisable.exc_value) == "Event loop is closed"
+    if inspect.iscoroutine(unraisable.object):
+        return "orbax" in Path(unraisable.object.cr_code.co_filename).parts
+    return str(unraisable.exc_value) == "Event loop is closed"
+
+
+@functools.cache
+def hide_leftovers() -> None:
+    """Hides the coroutines that Orbax leaves behind, from the first call to the process's end.
+
+    They may still wait for a thread that reads, so nobody knows when Python will find them.
+    """
+
+    def show(unraisable: Any) -> None:
+        if not is_leftover(unraisable):
+            show_before(unraisable)
+
+    show_before, sys.unraisablehook = sys.unraisablehook, show

@@ -13,12 +13,10 @@ nothing.
 
 import contextlib
 import copy
-import gc
 import json
 import logging
 import operator
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
-from tinyvgg_jax.errors import UserError, first_line, is_leftover
+from tinyvgg_jax.errors import UserError, first_line, hide_leftovers
 from tinyvgg_jax.paths import open_regular
 from tinyvgg_jax.runs.files import digest_json, writing_to
 from tinyvgg_jax.runs.folder import distinct_sizes
@@ -293,21 +291,13 @@ class Checkpoints:
     def _restore_if_intact(self, step: int, params: Any, opt_state: Any) -> Restored | None:
         """Restores a checkpoint; None if it is damaged."""
         wanted = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
-        with _hidden_leftovers():
-            restored = self._restore_or_explain(step, wanted)
-            if restored is None:
-                # Now that no exception refers to the coroutines any more, Python finds them.
-                gc.collect()
-        return restored
-
-    def _restore_or_explain(self, step: int, wanted: dict[str, Any]) -> Restored | None:
-        """Restores items of a checkpoint; None, with a warning, if they are damaged."""
         try:
             return self._restore(step, wanted)
         except UserError:
             raise
         except Exception as error:
             # A damaged file raises one of a dozen exception types, plain Exception included.
+            hide_leftovers()
             if not isinstance(error, DamagedError):
                 self._require_damage(step, wanted, error)
             logger.info("Reading the checkpoint of step %d again: %s", step, self._reason(error))
@@ -520,21 +510,6 @@ def _quarantine_folder(step_folder: Path) -> None:
         # Renaming moves all of it or nothing.
         step_folder.rename(target)
     logger.warning("It was moved to %s.", target)
-
-
-@contextlib.contextmanager
-def _hidden_leftovers() -> Iterator[None]:
-    """Hides the coroutines that Orbax leaves behind when it could not restore."""
-
-    def show(unraisable: Any) -> None:
-        if not is_leftover(unraisable):
-            show_before(unraisable)
-
-    show_before, sys.unraisablehook = sys.unraisablehook, show
-    try:
-        yield
-    finally:
-        sys.unraisablehook = show_before
 
 
 @contextlib.contextmanager
