@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     # spread their fall over all epochs.
     config.num_epochs = 10
     config.batch_size = 32
+    # Devices that share each batch; None for all that JAX finds.
+    config.num_devices = config_dict.placeholder(int)
     config.learning_rate = 0.01
     # "exponential" multiplies the rate by `learning_rate_decay` after each epoch; "cosine" and
     # "linear" lower it from `learning_rate` to 0. During `warmup_epochs` it rises linearly from 0.

@@ -672,9 +672,9 @@ def test_a_stream_can_begin_at_any_step(numbered: Split) -> None:
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 30])
 def test_padded_batches_hold_every_example_once(numbered: Split, batch_size: int) -> None:
     seen = []
-    for batch, count in padded_batches(numbered, batch_size):
-        assert len(batch.labels) == len(batch.images) == batch_size
-        seen += batch.labels[:count].tolist()
+    for batch, is_real in padded_batches(numbered, batch_size):
+        assert len(batch.labels) == len(batch.images) == len(is_real) == batch_size
+        seen += batch.labels[is_real].tolist()
     assert seen == list(range(23))
 
 

@@ -39,6 +39,14 @@ def network() -> tuple[TinyVGG, Any, Split]:
     return model, params, Split(images, rng.integers(3, size=53).astype(np.int32))
 
 
+def use(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluates in the way of an accelerator, or of a CPU."""
+    if way == "_evaluate_on_device":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    else:
+        monkeypatch.setattr(evaluation, "fits_on_device", lambda _: False)
+
+
 @pytest.mark.parametrize("way", ["_evaluate_streamed", "_evaluate_on_device"])
 @pytest.mark.parametrize("batch_size", [1, 10, 53, 100])
 def test_metrics_are_exact_whatever_the_batch_size(
@@ -47,7 +55,7 @@ def test_metrics_are_exact_whatever_the_batch_size(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluation, "_evaluate_streamed", getattr(evaluation, way))
+    use(way, monkeypatch)
     model, params, split = network
     logits = np.asarray(apply(model, params, to_float(jnp.asarray(split.images))), np.float64)
     right = logits.argmax(1) == split.labels
@@ -65,7 +73,7 @@ def test_metrics_are_exact_whatever_the_batch_size(
 def test_progress_is_told_up_to_the_last_example_and_changes_nothing(
     network: tuple[TinyVGG, Any, Split], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "_evaluate_streamed", getattr(evaluation, way))
+    use(way, monkeypatch)
     told: list[int] = []
     result = evaluate(*network, 5, told.append)
     assert told == ([10, 15, 20, 25, 30, 35, 40, 53] if way == "_evaluate_streamed" else [53])

@@ -182,7 +182,7 @@ def test_what_fits_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     split = make_split()
     assert fits_on_device(split)  # Here, without figures from the device.
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     assert fits_on_device(split)
     monkeypatch.setattr(Device, "limit", Device.limit - 4)
     assert not fits_on_device(split)

@@ -4,9 +4,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.scipy.ndimage import map_coordinates
 
+from tinyvgg_jax.devices import AXIS, Share
 from tinyvgg_jax.keys import named_key
 
 
@@ -95,7 +96,9 @@ def cutout(images: Array, centres: Array, size: int) -> Array:
     return jnp.where(inside[..., None], 0, images)
 
 
-def mixup(key: Array, images: Array, targets: Array, alpha: float) -> tuple[Array, Array]:
+def mixup(
+    key: Array, images: Array, targets: Array, alpha: float, share: Share | None = None
+) -> tuple[Array, Array]:
     """Mixes each image and its target with another of the batch (Zhang et al., arXiv:1710.09412).
 
     Image i becomes `w * images[i] + (1 - w) * images[j]`, and its target likewise, with a weight w
@@ -107,17 +110,23 @@ def mixup(key: Array, images: Array, targets: Array, alpha: float) -> tuple[Arra
         targets: `[B, num_classes]`, each row a probability distribution.
         alpha: parameter of the Beta distribution; with small values most weights are near 0 or 1,
             so that little is mixed.
+        share: the part of a larger batch that the images are; None for all of it. Partners are of
+            the whole batch, so this is the one change for which devices exchange images.
 
     Returns:
         The mixed images and targets, of the same shapes.
     """
     partner_key, weight_key = jax.random.split(key)
-    B = len(images)
+    B = share.total if share else len(images)
     partner = jax.random.permutation(partner_key, B)
     weight = jax.random.beta(weight_key, alpha, alpha, (B,))
+    all_images, all_targets = images, targets
+    if share:
+        all_images, all_targets = lax.all_gather((images, targets), AXIS, tiled=True)
+        partner, weight = share.of(partner), share.of(weight)
     image_weight = weight.astype(images.dtype)[:, None, None, None]
-    mixed = image_weight * images + (1 - image_weight) * images[partner]
-    return mixed, weight[:, None] * targets + (1 - weight[:, None]) * targets[partner]
+    mixed = image_weight * images + (1 - image_weight) * all_images[partner]
+    return mixed, weight[:, None] * targets + (1 - weight[:, None]) * all_targets[partner]
 
 
 def alternating_flips(images: Array, epoch: Array | int) -> Array:
@@ -142,6 +151,7 @@ def augment(
     key: Array,
     images: Array,
     epoch: Array | int = 0,
+    share: Share | None = None,
     *,
     rotation_degrees: float,
     horizontal_flip: bool,
@@ -157,6 +167,7 @@ def augment(
         key: a PRNG key; the same key gives the same images.
         images: `[B, H, W, C]`, floating.
         epoch: counted from 0; used by `alternating_flip` only.
+        share: the part of a larger batch that the images are; None for all of it.
         rotation_degrees: largest angle; angles are uniform in [-rotation_degrees,
             rotation_degrees].
         horizontal_flip: whether to mirror each image with probability 1/2.
@@ -167,28 +178,30 @@ def augment(
     Returns:
         `[B, H, W, C]`, the dtype of `images`.
     """
-    B, H, W, _ = images.shape
+    _, H, W, _ = images.shape
+    B = share.total if share else len(images)
+
+    def own(draws: Array) -> Array:
+        return share.of(draws) if share else draws
+
     rotation_key, flip_key = jax.random.split(key)
     # This comes before all changes, because it depends on the sum of the image's own pixels.
     flip = alternating_flips(images, epoch) if alternating_flip else None
     if rotation_degrees:
-        images = rotate(
-            images,
-            jax.random.uniform(
-                rotation_key, (B,), minval=-rotation_degrees, maxval=rotation_degrees
-            ),
-        )
+        low, high = -rotation_degrees, rotation_degrees
+        degrees = jax.random.uniform(rotation_key, (B,), minval=low, maxval=high)
+        images = rotate(images, own(degrees))
     if horizontal_flip and flip is None:
-        flip = jax.random.bernoulli(flip_key, shape=(B,))
+        flip = own(jax.random.bernoulli(flip_key, shape=(B,)))
     if flip is not None:
         images = flip_horizontally(images, flip)
     # Shift and cutout have keys of their own, so that they do not change the draws of the others.
     if shift_pixels:
         shift_key = named_key(key, "shift")
         offsets = jax.random.randint(shift_key, (B, 2), -shift_pixels, shift_pixels + 1)
-        images = shift(images, offsets)
+        images = shift(images, own(offsets))
     if cutout_size:
         cutout_key = named_key(key, "cutout")
         centres = jax.random.randint(cutout_key, (B, 2), 0, jnp.array([H, W]))
-        images = cutout(images, centres, cutout_size)
+        images = cutout(images, own(centres), cutout_size)
     return images

@@ -97,7 +97,14 @@ FIELDS: dict[str, Field] = {
         (_AT_LEAST_1, _AT_MOST_A_MILLION),
         affects_result=False,
     ),
-    "batch_size": Field(int, "images a step", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
+    "batch_size": Field(int, "images a step, over all devices", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
+    "num_devices": Field(
+        (int, type(None)),
+        "devices that share the work, or None for all",
+        (Check(lambda value: value is None or value >= 1, "None, or at least 1"),),
+        value_before=None,
+        affects_result=False,
+    ),
     "learning_rate": Field(float, "highest learning rate", (_POSITIVE,)),
     "learning_rate_decay": Field(
         float, "factor of the learning rate from one epoch to the next", (_POSITIVE,)

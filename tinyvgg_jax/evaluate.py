@@ -1,6 +1,7 @@
 """Exact loss, accuracy and logits of a network on a split."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
 
 from tinyvgg_jax.data import (
     Batch,
@@ -18,6 +20,7 @@ from tinyvgg_jax.data import (
     on_device,
     padded_batches,
 )
+from tinyvgg_jax.devices import AXIS, REPLICATED, SPLIT, num_devices, on_each, replicate
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.step import to_float
 
@@ -101,6 +104,7 @@ def evaluate(
     split: Split,
     batch_size: int | None = None,
     on_progress: OnProgress = _ignore,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Evaluates a network on all examples of a split.
 
@@ -112,6 +116,7 @@ def evaluate(
             affects the result only by the rounding of the loss.
         on_progress: called with the number of examples that are done, after each batch; on an
             accelerator that holds the whole split, which takes one call, only at the end.
+        mesh: the devices that share each batch; None for a single one.
 
     Returns:
         Exact counts and logits, and the sum of the losses.
@@ -119,10 +124,14 @@ def evaluate(
     # The C convolutions are safe here, since no gradient is taken.
     model = model.clone(native=True)
     on_cpu = jax.default_backend() == "cpu"
-    size = min(batch_size or (_BATCH_SIZE_ON_CPU if on_cpu else _BATCH_SIZE), len(split))
+    count = num_devices(mesh)
+    size = batch_size or count * (_BATCH_SIZE_ON_CPU if on_cpu else _BATCH_SIZE)
+    # Padding lets the devices share any number of examples.
+    size = math.ceil(min(size, len(split)) / count) * count
     # One long call gains nothing on a CPU, and a signal could not interrupt it.
-    in_one_call = fits_on_device(split) and not on_cpu
-    way = _evaluate_on_device if in_one_call else _evaluate_streamed
+    in_one_call = mesh is None and fits_on_device(split) and not on_cpu
+    way = _evaluate_on_device if in_one_call else partial(_evaluate_streamed, mesh=mesh)
+    params = replicate(params, mesh)
     losses, correct, counts, logits = way(model, params, split, size, on_progress)
     return Evaluation(
         float(np.sum(losses, dtype=np.float64)),
@@ -138,12 +147,17 @@ Sums = tuple[Any, Any, Any, Any]
 
 
 def _evaluate_streamed(
-    model: TinyVGG, params: Any, split: Split, batch_size: int, on_progress: OnProgress
+    model: TinyVGG,
+    params: Any,
+    split: Split,
+    batch_size: int,
+    on_progress: OnProgress,
+    mesh: Mesh | None = None,
 ) -> Sums:
     """Evaluates batch by batch, with images from the host."""
     sums: list[Any] = []
-    for batch, count in padded_batches(split, batch_size):
-        sums.append(_evaluate_batch(model, params, batch, np.arange(batch_size) < count))
+    for batch, is_real in padded_batches(split, batch_size, mesh):
+        sums.append(_evaluate_shared(model, mesh, params, batch, is_real))
         if len(sums) > _MAX_QUEUED:
             jax.block_until_ready(sums[-_MAX_QUEUED])
             on_progress((len(sums) - _MAX_QUEUED + 1) * batch_size)
@@ -174,6 +188,26 @@ def _evaluate_all(model: TinyVGG, params: Any, data: Batch, batch_size: int) -> 
         return None, _evaluate_batch(model, params, batch, index <= last)
 
     return jax.lax.scan(body, None, jnp.arange(0, last + 1, batch_size))[1]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _evaluate_shared(
+    model: TinyVGG, mesh: Mesh | None, params: Any, batch: Batch, is_real: Array
+) -> Sums:
+    """Sums over a padded batch that the devices of a mesh share; every device has the result."""
+
+    def one_device(params: Any, batch: Batch, is_real: Array) -> Sums:
+        *sums, logits = _evaluate_batch(model, params, batch, is_real)
+        return (*lax.psum(tuple(sums), AXIS), logits)
+
+    if mesh is None:
+        return _evaluate_batch(model, params, batch, is_real)
+    specs = (REPLICATED, SPLIT, SPLIT)
+    *sums, logits = on_each(one_device, mesh, specs, (REPLICATED,) * 3 + (SPLIT,))(
+        params, batch, is_real
+    )
+    # The host, which may hold some of the devices only, needs all logits.
+    return (*sums, lax.with_sharding_constraint(logits, NamedSharding(mesh, REPLICATED)))
 
 
 @partial(jax.jit, static_argnums=0)

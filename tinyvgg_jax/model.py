@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tinyvgg_jax.devices import Share
 from tinyvgg_jax.ops.convolution import (
     convolution_relu,
     convolution_relu_pool,
@@ -24,6 +25,24 @@ KERNEL_INITS = {
     "he_normal": nn.initializers.he_normal(),
     "orthogonal": nn.initializers.orthogonal(scale=2**0.5),
 }
+
+
+class Dropout(nn.Module):
+    """Dropout as `nn.Dropout` draws it, also of one device's share of a batch.
+
+    Attributes:
+        rate: fraction of the inputs that are dropped.
+    """
+
+    rate: float
+
+    def __call__(self, x: Array, share: Share | None = None) -> Array:
+        """Drops inputs `[B, features]`; needs a PRNG key named "dropout"."""
+        if not self.rate:
+            return x
+        shape = (share.total if share else len(x), *x.shape[1:])
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        return jnp.where(share.of(kept) if share else kept, x / (1 - self.rate), 0)
 
 
 class ConvReLU(nn.Module):
@@ -54,7 +73,13 @@ class ConvReLU(nn.Module):
         return max_pool_2x2(output) if pool else output
 
 
-def apply(model: nn.Module, params: Any, images: Array, dropout_key: Array | None = None) -> Array:
+def apply(
+    model: nn.Module,
+    params: Any,
+    images: Array,
+    dropout_key: Array | None = None,
+    share: Share | None = None,
+) -> Array:
     """Calls `model.apply` for a model whose only variables are its parameters.
 
     Args:
@@ -62,6 +87,7 @@ def apply(model: nn.Module, params: Any, images: Array, dropout_key: Array | Non
         params: its parameters.
         images: `[B, H, W, C]`, floating, in [0, 1].
         dropout_key: PRNG key for training with dropout; None drops nothing.
+        share: the part of a larger batch that the images are; None for all of it.
 
     Returns:
         `[B, num_classes]` float32 logits.
@@ -69,7 +95,7 @@ def apply(model: nn.Module, params: Any, images: Array, dropout_key: Array | Non
     if dropout_key is None:
         return cast(Array, model.apply({"params": params}, images))
     rngs = {"dropout": dropout_key}
-    return cast(Array, model.apply({"params": params}, images, train=True, rngs=rngs))
+    return cast(Array, model.apply({"params": params}, images, True, share, rngs=rngs))
 
 
 def count_parameters(params: Any) -> int:
@@ -124,16 +150,17 @@ class TinyVGG(nn.Module):
         ]
         kernel_init = KERNEL_INITS[self.kernel_init]
         self.dense = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=kernel_init)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
         self.logits = nn.Dense(self.num_classes, dtype=self.dtype)
 
-    def __call__(self, images: Array, train: bool = False) -> Array:
+    def __call__(self, images: Array, train: bool = False, share: Share | None = None) -> Array:
         """Computes the logits.
 
         Args:
             images: `[B, H, W, C]`, floating, in [0, 1].
             train: whether to apply dropout, if the network has any; that needs a PRNG key named
                 "dropout".
+            share: the part of a larger batch that the images are; only dropout depends on it.
 
         Returns:
             `[B, num_classes]` float32 logits.
@@ -148,7 +175,7 @@ class TinyVGG(nn.Module):
             for convolution in convolutions:
                 x = convolution(x)
             x = last(x, pool=True)
-        return self._head(x, train)
+        return self._head(x, train, share)
 
     def activations(self, images: Array) -> list[Array]:
         """Computes the output of each block's last convolution, before the pooling.
@@ -194,9 +221,10 @@ class TinyVGG(nn.Module):
                 f"{len(self.widths)} blocks: at least {smallest}x{smallest}, or fewer widths."
             )
 
-    def _head(self, x: Array, train: bool) -> Array:
+    def _head(self, x: Array, train: bool, share: Share | None = None) -> Array:
         # The size is computed, because -1 would be ambiguous for an empty batch.
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-        x = self.drop(x, deterministic=not train)
-        x = self.drop(nn.relu(self.dense(x)), deterministic=not train)
+        x = self.drop(x, share) if train else x
+        x = nn.relu(self.dense(x))
+        x = self.drop(x, share) if train else x
         return cast(Array, self.logits(x)).astype(jnp.float32)

@@ -12,7 +12,7 @@ the device until somebody reads them, which waits for the call to end.
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,8 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
 
 from tinyvgg_jax.data import Batch, Split, epoch_order, on_device, stream
+from tinyvgg_jax.devices import (
+    REPLICATED,
+    SPLIT,
+    Share,
+    num_devices,
+    on_each,
+    put,
+    replicate,
+)
 from tinyvgg_jax.step import StepSums, TrainState, TrainStep
 from tinyvgg_jax.system import trim_heap
 
@@ -97,18 +107,22 @@ def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
         yield result
 
 
-def stack(trees: list[Any]) -> Any:
+def stack(trees: list[Any], mesh: Mesh | None = None) -> Any:
     """Stacks several runs' arrays along a new leading axis; a single run's stay as they are.
 
     Args:
         trees: one for each of K runs, of the same structure and shapes.
+        mesh: the devices over which the runs are spread. The last run is repeated until each
+            device has the same number of them.
 
     Returns:
         For K > 1 a tree of `[K, ...]` arrays, which the pipelines take as K runs; else the tree.
     """
     if len(trees) == 1:
         return trees[0]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    repeats = -len(trees) % num_devices(mesh)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees, *trees[-1:] * repeats)
+    return stacked if mesh is None else jax.device_put(stacked, NamedSharding(mesh, SPLIT))
 
 
 def unstack(tree: Any, count: int) -> list[Any]:
@@ -124,27 +138,36 @@ class StreamPipeline:
     It suits datasets that are larger than the device's memory.
     """
 
-    def __init__(self, step: TrainStep, split: Split, batch_size: int, keys: Keys):
+    def __init__(
+        self,
+        step: TrainStep,
+        split: Split,
+        batch_size: int,
+        keys: Keys,
+        mesh: Mesh | None = None,
+    ):
         """Prepares the pipeline; the first call compiles the step.
 
         Args:
-            step: the pure train step.
+            step: the pure train step; with a mesh, of a device's share.
             split: the examples.
-            batch_size: B.
+            batch_size: B, over all devices.
             keys: the keys of one run.
+            mesh: the devices that share each batch; None for a single one.
         """
         self._split, self._batch_size, self._order_key = split, batch_size, keys.order
+        self._mesh, self._step_key = mesh, replicate(keys.step, mesh)
 
-        # Donating state and sums lets the step write their new values over the old ones.
-        @partial(jax.jit, donate_argnums=(0, 1))
         def update(
-            state: TrainState, sums: StepSums, batch: Batch
+            state: TrainState, sums: StepSums, batch: Batch, key: Array
         ) -> tuple[TrainState, StepSums, Array]:
-            state, new_sums = step(state, batch, keys.step)
+            state, new_sums = step(state, batch, key)
             # The third result is not donated to the next call, so it can still be waited for.
             return state, sums.plus(new_sums), new_sums.loss
 
-        self._update = update
+        update = on_each(update, mesh, (REPLICATED, REPLICATED, SPLIT, REPLICATED))
+        # Donating state and sums lets the step write their new values over the old ones.
+        self._update = jax.jit(update, donate_argnums=(0, 1))
 
     def epoch(
         self, state: TrainState, sums: StepSums, epoch: int, first_step: int
@@ -166,9 +189,9 @@ class StreamPipeline:
         self, state: TrainState, sums: StepSums, epoch: int, first_step: int
     ) -> Iterator[CallResult]:
         order = np.asarray(epoch_order(self._order_key, epoch, len(self._split)))
-        batches = stream(self._split, order, self._batch_size, first_step)
+        batches = stream(self._split, order, self._batch_size, first_step, self._mesh)
         for steps_so_far, batch in enumerate(batches, start=first_step + 1):
-            state, sums, done = self._update(state, sums, batch)
+            state, sums, done = self._update(state, sums, batch, self._step_key)
             yield CallResult(state, sums, done, steps_so_far)
 
 
@@ -179,6 +202,7 @@ class DevicePipeline:
     the images by itself, and returns only the state and the sums.
 
     With K runs, states, sums and keys have a leading axis of K, and all runs are at the same step.
+    Several devices then share the runs, while they share each batch of a single run.
     """
 
     def __init__(
@@ -188,19 +212,20 @@ class DevicePipeline:
         batch_size: int,
         keys: Keys,
         steps_per_call: int | None = None,
+        mesh: Mesh | None = None,
     ):
         """Moves the images to the device; the first call compiles.
 
         Args:
-            step: the pure train step.
+            step: the pure train step; with a mesh and a single run, of a device's share.
             split: the examples.
-            batch_size: B.
+            batch_size: B, over all devices.
             keys: the keys of one run, or arrays of K keys for K runs.
             steps_per_call: most steps in one call; None for a number that suits the device.
+            mesh: the devices; None for a single one.
         """
-        self._data = on_device(split)
-        self._keys, size = keys, len(split)
-        self._steps = steps = len(split) // batch_size
+        self._mesh, self._data = mesh, on_device(split, mesh)
+        self._steps = len(split) // batch_size
         if steps_per_call is None:
             # On a CPU a step takes much longer than a call, so nothing is gained by joining steps,
             # and XLA compiles the body of a loop into slower code there.
@@ -209,7 +234,35 @@ class DevicePipeline:
         # last call would be compiled for itself. The length is that of the fewest calls that cover
         # the epoch; 250 steps in calls of at most 100, for example, are three calls of 84, with 2
         # steps more than the epoch has.
-        self._length = length = math.ceil(steps / math.ceil(steps / steps_per_call))
+        self._length = math.ceil(self._steps / math.ceil(self._steps / steps_per_call))
+
+        several = bool(keys.order.ndim)
+        update = self._steps_of_a_call(step, batch_size, mesh is not None and not several)
+        order = partial(epoch_order, num_examples=len(split))
+        own = REPLICATED
+        if several:
+            # Several runs share images and position, and differ in state, order and keys.
+            update = _each_run(update, in_axes=(0, 0, None, 0, None, 0))
+            order = jax.vmap(order, in_axes=(0, None))
+            own = SPLIT
+        # The images are an argument and not a constant of the program, which would be a second copy
+        # of them. They are not donated, because every call reads them.
+        shared = (own, own, REPLICATED, own, REPLICATED, own)
+        self._update = jax.jit(on_each(update, mesh, shared, own), donate_argnums=(0, 1))
+        self._order = jax.jit(on_each(order, mesh, (own, REPLICATED), own))
+        self._keys = keys if several else replicate(keys, mesh)
+
+    def _steps_of_a_call(
+        self, step: TrainStep, batch_size: int, shares_batches: bool
+    ) -> Callable[..., tuple[TrainState, StepSums, Array]]:
+        """Makes the function that takes the steps of a call, of one run.
+
+        Args:
+            step: the pure train step.
+            batch_size: B, over all devices.
+            shares_batches: whether the function runs on every device, with a share of each batch.
+        """
+        steps, length, count = self._steps, self._length, num_devices(self._mesh)
 
         def one_step(
             state: TrainState, sums: StepSums, data: Batch, order: Array, end: Array, key: Array
@@ -219,6 +272,8 @@ class DevicePipeline:
             # `end` is the number of the run's steps at the end of this epoch.
             first = (state.step - (end - steps)) * batch_size
             chosen = lax.dynamic_slice_in_dim(order, first, batch_size)
+            if shares_batches:
+                chosen = Share.of_device(batch_size // count).of(chosen)
             state, new_sums = step(state, Batch(data.images[chosen], data.labels[chosen]), key)
             return state, sums.plus(new_sums)
 
@@ -245,17 +300,7 @@ class DevicePipeline:
             # so the third result can still be waited for.
             return state, sums, sums.examples
 
-        def order(key: Array, epoch: Array) -> Array:
-            return epoch_order(key, epoch, size)
-
-        if keys.order.ndim:
-            # Several runs share images and position, and differ in state, order and keys.
-            update = jax.vmap(update, in_axes=(0, 0, None, 0, None, 0))
-            order = jax.vmap(order, in_axes=(0, None))
-        # The images are an argument and not a constant of the program, which would be a second copy
-        # of them. They are not donated, because every call reads them.
-        self._update = jax.jit(update, donate_argnums=(0, 1))
-        self._order = jax.jit(order)
+        return update
 
     def epoch(
         self, state: TrainState, sums: StepSums, epoch: int, first_step: int
@@ -268,8 +313,37 @@ class DevicePipeline:
     ) -> Iterator[CallResult]:
         # These are the epoch's only transfers to the device. They are explicit, so that under
         # `jax.transfer_guard("disallow")` any other, made by mistake, is an error.
-        order = self._order(self._keys.order, jax.device_put(np.int32(epoch)))
-        end = jax.device_put(np.int32((epoch + 1) * self._steps))
+        order = self._order(self._keys.order, put(np.int32(epoch), self._mesh))
+        end = put(np.int32((epoch + 1) * self._steps), self._mesh)
         for step in range(first_step, self._steps, self._length):
             state, sums, done = self._update(state, sums, self._data, order, end, self._keys.step)
             yield CallResult(state, sums, done, min(step + self._length, self._steps))
+
+
+def _each_run(function: Callable[..., Any], in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    """Maps a function of one run over several runs of a device, as `jax.vmap` does.
+
+    On a CPU it is called once for each run, because convolutions with a kernel for each image of a
+    batch are slow there.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function, in_axes=in_axes)
+
+    def each(*arguments: Any) -> Any:
+        count = next(
+            len(jax.tree.leaves(argument)[0])
+            for argument, axis in zip(arguments, in_axes, strict=True)
+            if axis is not None
+        )
+        results = [
+            function(
+                *(
+                    a if axis is None else jax.tree.map(lambda leaf, i=i: leaf[i], a)
+                    for a, axis in zip(arguments, in_axes, strict=True)
+                )
+            )
+            for i in range(count)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    return each

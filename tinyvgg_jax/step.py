@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 
 from tinyvgg_jax.augment import mixup
 from tinyvgg_jax.data import Batch
+from tinyvgg_jax.devices import AXIS, Share
 from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import TinyVGG, apply
 
@@ -91,8 +92,9 @@ class StepSums(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, StepSums]]
-# (key, images [B, H, W, C] float, optimizer steps taken) -> images
-Augmentation = Callable[[Array, Array, Array], Array]
+# (key, images [B, H, W, C] float, optimizer steps taken) -> images; a shared step also passes its
+# `Share`.
+Augmentation = Callable[..., Array]
 
 
 def make_train_step(
@@ -103,6 +105,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     mixup_alpha: float = 0.0,
     ema_decay: float = 0.0,
+    shared: bool = False,
 ) -> TrainStep:
     """Makes the pure function that takes one optimizer step.
 
@@ -118,10 +121,13 @@ def make_train_step(
     Args:
         model: the network.
         optimizer: updates its parameters.
-        augmentation: `(key, images [B, H, W, C] float, steps taken) -> images`.
+        augmentation: `(key, images [B, H, W, C] float, steps taken) -> images`; with `shared` it
+            has a fourth argument, the `Share` of the batch that the images are.
         label_smoothing: fraction of each target that is spread evenly over all classes.
         mixup_alpha: see `augment.mixup`; 0 mixes nothing.
         ema_decay: decay of the average, see above; 0 leaves `TrainState.average` as it is.
+        shared: whether the step runs on several devices, within `devices.on_each`, each with its
+            share of the batch and all of the state. They all end in the same state.
 
     Returns:
         `(state, batch, key) -> (state, sums)`, to be jitted. All randomness of the step comes from
@@ -133,7 +139,10 @@ def make_train_step(
         # The randomness is a function of the key and the step, so that a run that was interrupted
         # goes on with the same draws.
         key = jax.random.fold_in(key, state.step)
-        images = augmentation(key, to_float(batch.images), state.step)
+        share = Share.of_device(len(batch.labels)) if shared else None
+        total = share.total if share else len(batch.labels)
+        arguments = (key, to_float(batch.images), state.step)
+        images = augmentation(*arguments, share) if shared else augmentation(*arguments)
         # Targets are one-hot only where they must be mixed: plain labels take less memory and time.
         targets = None
         if label_smoothing or mixup_alpha:
@@ -141,26 +150,33 @@ def make_train_step(
             targets = optax.smooth_labels(targets, label_smoothing)
         if mixup_alpha:
             assert targets is not None
-            images, targets = mixup(named_key(key, "mixup"), images, targets, mixup_alpha)
+            images, targets = mixup(named_key(key, "mixup"), images, targets, mixup_alpha, share)
         dropout_key = named_key(key, "dropout") if model.dropout else None
 
         def mean_loss(params: Any) -> tuple[Array, Array]:
-            logits = apply(model, params, images, dropout_key)
+            logits = apply(model, params, images, dropout_key, share)
             if targets is None:
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             else:
                 losses = optax.softmax_cross_entropy(logits, targets)
-            return losses.mean(), logits
+            return losses.sum() / total, logits
 
-        (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        params = state.params
+        if shared:
+            # These gradients are then of the device's own examples, and are added up below.
+            params = lax.pcast(params, AXIS, to="varying")
+        (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        correct = (logits.argmax(axis=-1) == batch.labels).sum(dtype=jnp.int32)
+        if shared:
+            loss, correct, gradients = lax.psum((loss, correct, gradients), AXIS)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         sums = StepSums(
             # A sum, because a mean over batches of different sizes would not be exact.
-            loss=loss * len(batch.labels),
-            correct=(logits.argmax(axis=-1) == batch.labels).sum(dtype=jnp.int32),
-            examples=jnp.int32(len(batch.labels)),
+            loss=loss * total,
+            correct=correct,
+            examples=jnp.int32(total),
             diverged_at=jnp.where(jnp.isfinite(loss), 0, step),
         )
         average = state.average

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax.data import Split, fits_on_device
+from tinyvgg_jax.devices import replicate
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
@@ -30,7 +31,7 @@ from tinyvgg_jax.runs import files, folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
 from tinyvgg_jax.signals import stop_signals
-from tinyvgg_jax.step import StepSums, TrainStep
+from tinyvgg_jax.step import StepSums
 from tinyvgg_jax.system import Profile
 
 logger = logging.getLogger(__name__)
@@ -94,9 +95,10 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with folder.locked(workdir):
         folder.write_config(workdir, config)
         summaries = None
-        # A CPU is busy with one network already, and convolutions with a kernel for each image of
-        # a batch are slow there.
-        if _accelerated() and config.data.pipeline != "stream":
+        # A single CPU is busy with one network already, and convolutions with a kernel for each
+        # image of a batch are slow there.
+        together = _accelerated() or run.mesh is not None
+        if together and config.data.pipeline != "stream":
             try:
                 summaries = train_together(configs, command, run.splits)
             except jax.errors.JaxRuntimeError as error:
@@ -149,7 +151,7 @@ def train_together(
         with contextlib.ExitStack() as open_checkpoints:
             for run in runs:
                 checkpoints = open_checkpoints.enter_context(
-                    Checkpoints(run.workdir / "checkpoints")
+                    Checkpoints(run.workdir / "checkpoints", mesh=run.mesh)
                 )
                 state = restore_state(run, checkpoints)
                 if state is not None:
@@ -177,7 +179,7 @@ def train(members: list[Member], command: Command) -> None:
     num_epochs, batch_size = run.config.num_epochs, run.config.batch_size
     if len(history) == num_epochs:
         return
-    pipeline = make_pipeline(run.train_step(), [member.run for member in members])
+    pipeline = make_pipeline([member.run for member in members])
     profile = Profile(files.subfolder(run.workdir, "profile") if run.config.profile else None)
     progress = TrainingProgress([member.run for member in members], command)
     with stop_signals() as received, contextlib.closing(profile), contextlib.ExitStack() as opened:
@@ -189,7 +191,8 @@ def train(members: list[Member], command: Command) -> None:
             writers.append(opened.enter_context(writer))
         for epoch in range(len(history), num_epochs):
             # -- Steps: compiled calls, of one step or of many, until the epoch's end or a signal.
-            state, sums = stack([(member.state.train, member.state.sums) for member in members])
+            states = [(member.state.train, member.state.sums) for member in members]
+            state, sums = stack(states, run.mesh)
             first_step = int(members[0].state.train.step) - epoch * run.steps_per_epoch
             start = time.perf_counter()
             with progress.epoch(epoch, first_step):
@@ -228,24 +231,29 @@ def train(members: list[Member], command: Command) -> None:
                 raise interrupted(members, command, received[0])
 
 
-def make_pipeline(step: TrainStep, runs: list[Run]) -> StreamPipeline | DevicePipeline:
+def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
     """Chooses how the steps of an epoch run: on images on the device, or on batches from the host.
 
     Args:
-        step: the pure train step of all runs.
-        runs: runs that differ in their seeds only; several need their images on the device.
+        runs: runs that differ in their seeds only. Several need their images on the device, and
+            are spread over the devices; a single one shares each batch among them.
     """
-    config, split = runs[0].config, runs[0].splits["train"]
-    keys = stack([run.keys for run in runs])
+    run, mesh = runs[0], runs[0].mesh
+    config, split = run.config, run.splits["train"]
+    keys = stack([run.keys for run in runs], mesh)
+    step = run.train_step(shared=mesh is not None and len(runs) == 1)
     wanted = config.data.pipeline
     if len(runs) > 1 or wanted == "device" or (wanted == "auto" and fits_on_device(split)):
-        return DevicePipeline(step, split, config.batch_size, keys)
-    return StreamPipeline(step, split, config.batch_size, keys)
+        return DevicePipeline(step, split, config.batch_size, keys, mesh=mesh)
+    return StreamPipeline(step, split, config.batch_size, keys, mesh)
 
 
 def fetch_finite(sums: StepSums, members: list[Member]) -> StepSums:
     """Fetches sums from the device; raises a DivergedError if a loss is not finite."""
     fetched: StepSums = jax.device_get(sums)
+    if len(members) > 1:
+        # Runs may have been repeated, so that each device has the same number of them.
+        fetched = StepSums(*(leaf[: len(members)] for leaf in fetched))
     for member, step in zip(members, fetched.diverged_at.reshape(-1), strict=True):
         if step:
             raise diverged("training", int(step), member.run)
@@ -289,7 +297,7 @@ def end_epoch(run: Run, state: RunState, command: Command) -> dict[str, Any]:
         "images_per_second": int(sums.examples) / state.seconds,
     }
     state.history.append(record)
-    state.sums, state.seconds = StepSums.zero(), 0.0
+    state.sums, state.seconds = replicate(StepSums.zero(), run.mesh), 0.0
     return record
 
 
@@ -298,7 +306,8 @@ def evaluate_split(run: Run, state: RunState, name: str, command: Command) -> Ev
     split, start = run.splits[name], time.perf_counter()
     title = f"{command.titles[run.workdir]}evaluating {name}"
     with evaluation_progress(title, len(split)) as on_progress:
-        result = evaluate(run.model, state.train.evaluated, split, on_progress=on_progress)
+        params = state.train.evaluated
+        result = evaluate(run.model, params, split, on_progress=on_progress, mesh=run.mesh)
     command.pace.evaluation = (time.perf_counter() - start) / len(split)
     return result
 

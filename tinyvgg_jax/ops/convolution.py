@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from tinyvgg_jax.ops import winograd
 from tinyvgg_jax.ops.pooling import lean_max_pool_2x2, maxima_mask, scatter_to_maxima
+from tinyvgg_jax.ops.varying import vary_alike
 
 # Patches of this many output pixels are gathered at a time, so that they are still in the cache
 # when they are multiplied, and the extra memory is bounded. It is the fastest of 196 to 25,088 on
@@ -91,7 +92,7 @@ def _kernel_gradient_from_patches(
         )
         return total + product, None
 
-    zeros = jnp.zeros((k_h * k_w * C_in, C_out), jnp.float32)
+    zeros, *_ = vary_alike(jnp.zeros((k_h * k_w * C_in, C_out), jnp.float32), images, gradient)
     total, _ = lax.scan(add_chunk, zeros, (padded, gradients))
     return total.reshape(k_h, k_w, C_in, C_out)
 
@@ -120,7 +121,6 @@ def _gradients_in_xla(images: Array, kernel: Array, gradient: Array) -> Gradient
     return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
 
 
-@jax.custom_vjp
 def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
     """Computes `plain_convolution_relu` in the form that is fastest on the platform.
 
@@ -134,6 +134,12 @@ def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
     Returns:
         `[B, H, W, C_out]`, the same dtype.
     """
+    return _separate(*vary_alike(images, kernel, bias))
+
+
+@jax.custom_vjp
+def _separate(images: Array, kernel: Array, bias: Array) -> Array:
+    """Computes `convolution_relu` of arrays that vary over the same mesh axes."""
     plain = plain_convolution_relu
     cpu = winograd.convolution_relu if _runs_in_c(images, kernel) else plain
     # The platform is chosen when the program is lowered, which may be for another one than that of
@@ -142,7 +148,7 @@ def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
 
 
 def _forward(images: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    output = convolution_relu(images, kernel, bias)
+    output = _separate(images, kernel, bias)
     # The output is in memory anyway, and where it is positive, ReLU lets the gradient through.
     return output, (images, kernel, output)
 
@@ -166,7 +172,7 @@ def _backward(residuals: tuple[Array, Array, Array], gradient: Array) -> Gradien
     return lax.platform_dependent(images, kernel, gradient, output, cpu=cpu, default=xla)
 
 
-convolution_relu.defvjp(_forward, _backward)
+_separate.defvjp(_forward, _backward)
 
 
 def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> Array:
@@ -185,7 +191,7 @@ def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> Array:
     """
     # An image of one row or column has no 2x2 square, so there would be nothing to compute.
     if _runs_in_c(images, kernel) and min(images.shape[1:3]) >= 2:
-        return _fused(images, kernel, bias)
+        return _fused(*vary_alike(images, kernel, bias))
     return lean_max_pool_2x2(convolution_relu(images, kernel, bias))
 
 

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tinyvgg_jax import cache
+from tinyvgg_jax.ops.varying import vary_alike
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,20 @@ def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _result(array: jax.ShapeDtypeStruct, kind: Any) -> jax.ShapeDtypeStruct:
+    """Describes a result that varies over the mesh axes of an operand of type `kind`."""
+    axes = kind.manual_axis_type
+    if not axes.varying:
+        return array
+    # JAX checks the axes against a mesh, which it takes from the sharding.
+    mesh = kind.sharding.mesh
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding, manual_axis_type=axes)
+
+
 def _call(target: str, results: Any, *arguments: Array) -> Any:
+    arguments = vary_alike(*arguments)
+    results = jax.tree.map(partial(_result, kind=jax.typeof(arguments[0])), results)
     # Under vmap the calls run one after another, because each of them uses all cores already.
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     return call(*arguments)

@@ -25,12 +25,14 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import (
     PolicyCheckpointInfo,
     PreservationContext,
     PreservationPolicy,
 )
 
+from tinyvgg_jax.devices import REPLICATED
 from tinyvgg_jax.errors import UserError, first_line, hide_leftovers
 from tinyvgg_jax.paths import open_regular
 from tinyvgg_jax.runs.files import digest_json, writing_to
@@ -100,18 +102,21 @@ class Checkpoints:
     An instance is a context manager; its exit waits until the last save is on disk.
     """
 
-    def __init__(self, folder: Path, *, read_only: bool = False):
+    def __init__(self, folder: Path, *, read_only: bool = False, mesh: Mesh | None = None):
         """Opens a folder of checkpoints.
 
         Args:
             folder: the folder; it is created if it does not exist.
             read_only: whether to restore only; then nothing is written or moved.
+            mesh: the devices that each get all arrays; None for the first device. It need not be
+                the mesh that the arrays were saved from.
 
         Raises:
             UserError: if the folder cannot be opened.
         """
         self._folder = folder.absolute()
         self._read_only = read_only
+        self._mesh = mesh
         # The first save is read back at once, so that a run that cannot be restored stops early.
         self._read_back = False
         # JAX finds its devices here, so that a missing device is not reported as a fault of the
@@ -327,7 +332,8 @@ class Checkpoints:
             stored_layout = progress.get("arrays", {}).get(name) or self._orbax_layout(step, name)
             check_layout(self._name(step), name, layout_of(tree), stored_layout)
         items = {
-            name: ocp.args.StandardRestore(_on_first_device(tree)) for name, tree in wanted.items()
+            name: ocp.args.StandardRestore(_placed(tree, self._mesh))
+            for name, tree in wanted.items()
         }
         content = self._reader.restore(
             self._orbax_folder / str(step), args=ocp.args.Composite(**items)
@@ -426,14 +432,18 @@ def _round_trip(wanted: dict[str, Any]) -> None:
         path = Path(scratch) / "checkpoint"
         checkpointer.save(path, zeros)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(path, _on_first_device(wanted))
+        restored = checkpointer.restore(path, _placed(wanted, None))
         if digest(restored) != digest(zeros):
             raise DamagedError("zeros did not come back as zeros")
 
 
-def _on_first_device(tree: Any) -> Any:
-    """Tells Orbax to restore a tree of `jax.ShapeDtypeStruct` onto the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _placed(tree: Any, mesh: Mesh | None) -> Any:
+    """Tells Orbax to restore a tree of arrays onto every device of a mesh, or the first device."""
+    sharding: jax.sharding.Sharding
+    if mesh is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        sharding = jax.sharding.NamedSharding(mesh, REPLICATED)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinyvgg_jax.augment import augment
@@ -20,6 +21,14 @@ from tinyvgg_jax.data import (
     Split,
     decode_splits,
     find_dataset,
+)
+from tinyvgg_jax.devices import (
+    REPLICATED,
+    Share,
+    find_mesh,
+    on_each,
+    replicate,
+    require_even_batches,
 )
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.keys import named_key
@@ -64,6 +73,7 @@ class Run:
         model: the network.
         schedule: the learning rate as a function of the number of steps taken.
         optimizer: the Optax transformation.
+        mesh: the devices that share the work; None for a single one.
     """
 
     config: ConfigDict
@@ -73,6 +83,7 @@ class Run:
     model: TinyVGG
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def key(self) -> Array:
@@ -102,14 +113,20 @@ class Run:
             validations * sizes["validation"] + sum(sizes.values()),
         )
 
-    def train_step(self) -> TrainStep:
-        """Makes the pure train step of the config: `(state, batch, key) -> (state, sums)`."""
+    def train_step(self, shared: bool = False) -> TrainStep:
+        """Makes the pure train step of the config: `(state, batch, key) -> (state, sums)`.
+
+        Args:
+            shared: whether several devices share each batch.
+        """
         config, steps_per_epoch = self.config, self.steps_per_epoch
         settings = config.augment.to_dict()
         mixup_alpha = settings.pop("mixup_alpha")
 
-        def augmentation(key: Array, images: Array, step: Array) -> Array:
-            return augment(key, images, step // steps_per_epoch, **settings)
+        def augmentation(
+            key: Array, images: Array, step: Array, share: Share | None = None
+        ) -> Array:
+            return augment(key, images, step // steps_per_epoch, share, **settings)
 
         return make_train_step(
             self.model,
@@ -118,6 +135,7 @@ class Run:
             label_smoothing=config.label_smoothing,
             mixup_alpha=mixup_alpha,
             ema_decay=config.ema_decay,
+            shared=shared,
         )
 
     def init(self, key: Array) -> TrainState:
@@ -140,6 +158,7 @@ def make_run(config: ConfigDict, workdir: Path, splits: dict[str, Split] | None 
     Raises:
         UserError: if the data cannot be loaded, or the config does not fit them.
     """
+    mesh = find_mesh(config.num_devices)
     data = config.data
     dataset = find_dataset(data.name, data.data_dir, data.source_dir)
     size = dataset.num_examples(data.train_split)
@@ -148,6 +167,7 @@ def make_run(config: ConfigDict, workdir: Path, splits: dict[str, Split] | None 
             f"config.batch_size is {config.batch_size:,}, more than the {size:,} examples of "
             f"{data.train_split!r}."
         )
+    require_even_batches(config.batch_size, mesh)
     schedule = learning_rate_schedule(
         config.learning_rate,
         config.learning_rate_decay,
@@ -170,7 +190,7 @@ def make_run(config: ConfigDict, workdir: Path, splits: dict[str, Split] | None 
         wanted = {name: data[f"{name}_split"] for name in SPLITS}
         _warn_of_shared_examples(dataset, wanted)
         splits = decode_splits(dataset, wanted)
-    return Run(config, workdir, splits, dataset.info, model, schedule, optimizer)
+    return Run(config, workdir, splits, dataset.info, model, schedule, optimizer, mesh)
 
 
 def _warn_of_shared_examples(dataset: Dataset, wanted: dict[str, str]) -> None:
@@ -239,9 +259,13 @@ def restore_state(run: Run, checkpoints: Checkpoints) -> RunState | None:
         jnp.int32(0),
     )
     state = unpack(restored.step, restored.params, restored.opt_state)
+    state, sums = replicate((state, sums), run.mesh)
     return RunState(state, sums, progress["seconds"], progress["history"])
 
 
 def first_state(run: Run) -> RunState:
     """Makes the state of a run before its first step."""
-    return RunState(jax.jit(run.init)(named_key(run.key, "init")), StepSums.zero(), 0.0, [])
+    # Every device computes the same initial parameters, so none has to send them.
+    init = jax.jit(on_each(run.init, run.mesh, (REPLICATED,)))
+    state = init(replicate(named_key(run.key, "init"), run.mesh))
+    return RunState(state, replicate(StepSums.zero(), run.mesh), 0.0, [])
