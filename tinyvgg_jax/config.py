@@ -240,6 +240,11 @@ def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
     return [f"{name}: {a[name]!r}, not {b[name]!r}" for name in names]
 
 
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config's fields by their names in `FIELDS`."""
+    return dict(_flatten(config))
+
+
 def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     content = config.to_dict() if isinstance(config, ConfigDict) else config
     for name, value in content.items():

@@ -11,6 +11,14 @@ class UserError(ValueError):
     """A mistake that the user can correct: a config field, a file, a folder. Exit status 2."""
 
 
+class AgreedError(UserError):
+    """A UserError that every process of a run raises, and the first one alone reports."""
+
+
+class LostProcessError(Exception):
+    """Another process of the run ended, or cannot be reached. Exit status 1."""
+
+
 class DivergedError(RuntimeError):
     """The loss is no longer a finite number. Exit status 1.
 

@@ -26,7 +26,13 @@ from ml_collections import ConfigDict, config_flags
 
 import tinyvgg_jax
 from tinyvgg_jax import config as config_lib
-from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError, is_leftover
+from tinyvgg_jax.errors import (
+    DivergedError,
+    InterruptedRunError,
+    LostProcessError,
+    UserError,
+    is_leftover,
+)
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.report import terminal
 from tinyvgg_jax.signals import ctrl_c
@@ -35,6 +41,9 @@ USAGE = """\
 Train Tiny VGG, or go on with a run that was interrupted:
   python -m tinyvgg_jax.main --config default [--workdir runs/default]
                              [--config.FIELD=VALUE ...]
+On several machines, the same in a process on each; SLURM and Open MPI need no flags:
+  python -m tinyvgg_jax.main --config default --coordinator_address HOST:PORT
+                             --num_processes N --process_id 0|1|...
 Evaluate a checkpoint of a run, and write a report with pictures:
   python -m tinyvgg_jax.main --mode eval --workdir runs/default
                              [--split train|validation|test] [--step N|latest|best]
@@ -90,6 +99,11 @@ _FORMAT = flags.DEFINE_string("format", None, "For export: formats, with commas 
 _INT8 = flags.DEFINE_bool("int8", False, "For export: quantize to int8.")
 _NO_VERIFY = flags.DEFINE_bool("no_verify", False, "For export: do not verify the files.")
 _MODEL = flags.DEFINE_string("model", None, "For predict: an exported file.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "For train on several machines: HOST:PORT of the first process."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "For train: number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "For train: number of this process.")
 
 
 # Errors of a file that cannot grow.
@@ -171,6 +185,10 @@ def _parse(argv: list[str]) -> list[str]:
             f"unknown mode {_MODE.value!r}; one of {', '.join(MODES)}"
             + config_lib.suggestion(_MODE.value, MODES)
         )
+    if mode.run is not _train:
+        for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
+            if flag.value is not None:
+                raise UserError(f"--{flag.name} is for training, not for --mode {_MODE.value}.")
     if len(rest) > 1 and not mode.paths:
         raise UserError(f"unexpected argument {rest[1]!r} (--help shows the usage)")
     if len(rest) == 1 and mode.paths and not mode.paths.startswith("["):
@@ -269,12 +287,37 @@ def _data_folders() -> Any:
 
 def _train(_: list[str]) -> int:
     config, workdir = _config(), _workdir()
+    from tinyvgg_jax import processes
     from tinyvgg_jax.report.tables import summary_table
     from tinyvgg_jax.train import train_and_evaluate
 
+    def abandon(message: str) -> None:
+        os._exit(_fail(message, 2))
+
+    processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, abandon)
     _start_jax()
-    summary = train_and_evaluate(config, workdir)
-    _show(summary_table(summary, workdir))
+    if not processes.is_first():
+        # The first process speaks for all, except for errors that it knows nothing of.
+        logging.getLogger("tinyvgg_jax").setLevel(logging.ERROR)
+    try:
+        summary = train_and_evaluate(config, workdir)
+    except BaseException as error:
+        if processes.count() == 1:
+            raise
+        if processes.is_agreed(error):
+            if processes.is_first():
+                raise
+            status = _report(error, False, silent=True)
+            assert status is not None
+            return status
+        status = _report(error, False)
+        if status is None:
+            traceback.print_exc()
+        sys.stderr.flush()
+        # JAX would wait for the other processes, which may be gone or wait for this one.
+        os._exit(1 if status is None else status)
+    if processes.is_first():
+        _show(summary_table(summary, workdir))
     return 0
 
 
@@ -498,24 +541,25 @@ def _set_up_output() -> None:
     os.environ["MPLBACKEND"] = "agg"
 
 
-def _report(error: BaseException, interrupted: bool) -> int | None:
+def _report(error: BaseException, interrupted: bool, silent: bool = False) -> int | None:
     """Prints an error that is not a fault of the program in one line.
 
     Args:
         error: the error.
         interrupted: whether Ctrl-C was pressed, out of which libraries make errors of their own.
+        silent: whether to print nothing, because another process does.
 
     Returns:
         The exit status; None if the error is a fault of the program.
     """
+    statuses = {UserError: 2, DivergedError: 1, LostProcessError: 1}
     if isinstance(error, InterruptedRunError):
-        return _fail(error, 128 + error.signal_number)
-    if interrupted or isinstance(error, KeyboardInterrupt):
+        statuses = {InterruptedRunError: 128 + error.signal_number}
+    elif interrupted or isinstance(error, KeyboardInterrupt):
         return _interrupted()
-    if isinstance(error, UserError):
-        return _fail(error, 2)
-    if isinstance(error, DivergedError):
-        return _fail(error, 1)
+    for kind, status in statuses.items():
+        if isinstance(error, kind):
+            return status if silent else _fail(error, status)
     if isinstance(error, BrokenPipeError):
         # Whoever reads the output, like `head`, has seen enough.
         _drop_output()

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
+from tinyvgg_jax.devices import (
+    REPLICATED,
+    SPLIT,
+    find_mesh,
+    num_devices,
+    on_each,
+    put,
+    replicate,
+)
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.paths import local_path
@@ -94,8 +105,15 @@ class Predictor:
         Returns:
             `[B, num_classes]` float32.
         """
+        # A single image is not worth being sent to another device.
+        mesh = find_mesh() if size > 1 else None
+        size = math.ceil(size / num_devices(mesh)) * num_devices(mesh)
+        params = replicate(self.params, mesh)
         chunks = [batch[start : start + size] for start in range(0, len(batch), size)]
-        answers = [_probabilities(self.model, self.params, _padded(c, size)) for c in chunks]
+        answers = [
+            _probabilities(self.model, mesh, params, put(_padded(c, size), mesh, SPLIT))
+            for c in chunks
+        ]
         rows = [np.asarray(a)[: len(c)] for a, c in zip(answers, chunks, strict=True)]
         empty = np.zeros((0, len(self.class_names)), np.float32)
         return np.concatenate([empty, *rows])
@@ -139,11 +157,14 @@ def _padded(images: np.ndarray, size: int) -> np.ndarray:
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def _probabilities(model: TinyVGG, params: Any, images: Array) -> Array:
-    floats = to_float(images) if images.dtype == jnp.uint8 else images
-    # The fast convolutions restrict which derivatives exist, but no gradient is taken here.
-    return jax.nn.softmax(apply(model.clone(native=True), params, floats))
+@partial(jax.jit, static_argnums=(0, 1))
+def _probabilities(model: TinyVGG, mesh: Mesh | None, params: Any, images: Array) -> Array:
+    def own(params: Any, images: Array) -> Array:
+        floats = to_float(images) if images.dtype == jnp.uint8 else images
+        # The fast convolutions restrict which derivatives exist, but no gradient is taken here.
+        return jax.nn.softmax(apply(model.clone(native=True), params, floats))
+
+    return on_each(own, mesh, (REPLICATED, SPLIT), SPLIT)(params, images)
 
 
 def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:

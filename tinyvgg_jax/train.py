@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import jax
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
+from tinyvgg_jax import processes
 from tinyvgg_jax.data import Split, fits_on_device
-from tinyvgg_jax.devices import replicate
+from tinyvgg_jax.devices import num_devices, replicate
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
@@ -50,6 +52,9 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains a network, or goes on where an earlier call stopped, and evaluates it.
 
+    All devices of the process share the work, as `config.num_devices` says. After
+    `jax.distributed.initialize`, so do the devices of all processes, which each make this call.
+
     Args:
         config: the fields of `configs/default.py`.
         workdir: receives `config.json`, `metrics.jsonl`, `checkpoints/`, TensorBoard's events
@@ -65,6 +70,7 @@ def train_and_evaluate(
         UserError: if something in the config, the data or the folder is not right.
         DivergedError: if the loss is no longer finite. The last checkpoint is kept.
         InterruptedRunError: on SIGINT or SIGTERM, after saving. Calling again goes on from there.
+        LostProcessError: if another process of the run is gone.
     """
     config = config_lib.validated(config)
     workdir = local_path(workdir).absolute()
@@ -75,30 +81,42 @@ def train_and_evaluate(
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
+        require_same_config(config)
         if config.num_seeds > 1:
             return train_seeds(config, workdir)
         return train_together({workdir: config}, Command(workdir, {workdir: ""}))[0]
 
 
+def require_same_config(config: ConfigDict) -> None:
+    """Checks that all processes have the same config; the data's folders may differ."""
+    fields = config_lib.flat(config)
+    for name in ("data.data_dir", "data.source_dir"):
+        fields.pop(name)
+    processes.require_same("configs", fields)
+
+
 def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains a config's seeds, each a run in a folder of its own, and summarises them."""
-    folder.refuse_another_run(workdir, config)
     configs = {workdir / name: one for name, one in seeds.members(config).items()}
-    for path, one in configs.items():
-        folder.refuse_another_run(path, one)
+    for path, one in ({workdir: config} | configs).items():
+        processes.on_first(partial(folder.refuse_another_run, path, one))
     # Making the first run checks the config and the data before anything is written to the folder.
     first, first_config = next(iter(configs.items()))
-    run = make_run(first_config, first)
+    run = processes.first_then_others(lambda: make_run(first_config, first))
     for path, one in configs.items():
-        check_folder(dataclasses.replace(run, config=one, workdir=path))
+        member = dataclasses.replace(run, config=one, workdir=path)
+        processes.on_first(partial(check_folder, member))
     command = Command(workdir, dict(zip(configs, seeds.titles(config), strict=True)))
-    with folder.locked(workdir):
-        folder.write_config(workdir, config)
+    with contextlib.ExitStack() as lock:
+        processes.on_first(lambda: lock.enter_context(folder.locked(workdir)))
+        processes.on_first(lambda: folder.write_config(workdir, config))
         summaries = None
         # A single CPU is busy with one network already, and convolutions with a kernel for each
         # image of a batch are slow there.
         together = _accelerated() or run.mesh is not None
-        if together and config.data.pipeline != "stream":
+        # Several processes share the batches of one run after another, since each of them saves a
+        # part of a run's arrays only where all hold the run.
+        if together and config.data.pipeline != "stream" and processes.count() == 1:
             try:
                 summaries = train_together(configs, command, run.splits)
             except jax.errors.JaxRuntimeError as error:
@@ -110,7 +128,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 train_together({path: one}, command, run.splits)[0] for path, one in configs.items()
             ]
         summary = seeds.summarise(summaries)
-        files.write_json(workdir / "summary.json", summary)
+        processes.on_first(lambda: files.write_json(workdir / "summary.json", summary))
     return summary
 
 
@@ -137,28 +155,15 @@ def train_together(
     Returns:
         The summary of each run.
     """
-    with contextlib.ExitStack() as locks:
+    with processes.reporting_losses(), contextlib.ExitStack() as locks:
         runs: list[Run] = []
         for workdir, config in configs.items():
-            folder.refuse_another_run(workdir, config)
-            run = make_run(config, workdir, splits)
-            splits = run.splits
-            locks.enter_context(folder.locked(workdir))
-            check_folder(run)
-            folder.describe(workdir, config, run.splits, run.info)
-            runs.append(run)
+            runs.append(open_run(config, workdir, splits, locks))
+            splits = runs[0].splits
         members = []
         with contextlib.ExitStack() as open_checkpoints:
             for run in runs:
-                checkpoints = open_checkpoints.enter_context(
-                    Checkpoints(run.workdir / "checkpoints", mesh=run.mesh)
-                )
-                state = restore_state(run, checkpoints)
-                if state is not None:
-                    folder.write_history(run.workdir, state.history)
-                    step, title = int(state.train.step), command.titles[run.workdir]
-                    logger.info("%sGoing on from step %d in %s.", title, step, run.workdir)
-                members.append(Member(run, state or first_state(run), checkpoints))
+                members.append(restore_member(run, command, open_checkpoints))
             # Their steps differ if an interruption let only some runs save, or if some are new.
             groups: dict[int, list[Member]] = {}
             for member in members:
@@ -166,6 +171,38 @@ def train_together(
             for group in groups.values():
                 train(group, command)
         return [finish(member.run, member.state, command) for member in members]
+
+
+def open_run(
+    config: ConfigDict,
+    workdir: Path,
+    splits: dict[str, Split] | None,
+    locks: contextlib.ExitStack,
+) -> Run:
+    """Makes a run, locks its folder until `locks` is closed, and describes the run there."""
+    processes.on_first(lambda: folder.refuse_another_run(workdir, config))
+    run = processes.first_then_others(lambda: make_run(config, workdir, splits))
+    if splits is None and processes.count() > 1:
+        contents = {name: split.digest() for name, split in run.splits.items()}
+        processes.require_same("data", contents)
+    processes.on_first(lambda: locks.enter_context(folder.locked(workdir)))
+    processes.on_first(lambda: check_folder(run))
+    processes.on_first(lambda: folder.describe(workdir, config, run.splits, run.info))
+    processes.together(lambda: folder.require_described(workdir))
+    return run
+
+
+def restore_member(run: Run, command: Command, open_checkpoints: contextlib.ExitStack) -> Member:
+    """Opens a run's checkpoints and restores its state; a new run begins with its first state."""
+    checkpoints = Checkpoints(run.workdir / "checkpoints", mesh=run.mesh)
+    open_checkpoints.enter_context(checkpoints)
+    state = restore_state(run, checkpoints)
+    if state is not None:
+        history, step = state.history, int(state.train.step)
+        processes.on_first(lambda: folder.write_history(run.workdir, history))
+        title = command.titles[run.workdir]
+        logger.info("%sGoing on from step %d in %s.", title, step, run.workdir)
+    return Member(run, state or first_state(run), checkpoints)
 
 
 def train(members: list[Member], command: Command) -> None:
@@ -180,15 +217,12 @@ def train(members: list[Member], command: Command) -> None:
     if len(history) == num_epochs:
         return
     pipeline = make_pipeline([member.run for member in members])
-    profile = Profile(files.subfolder(run.workdir, "profile") if run.config.profile else None)
+    profiled = run.config.profile and processes.is_first()
+    profile = Profile(files.subfolder(run.workdir, "profile") if profiled else None)
     progress = TrainingProgress([member.run for member in members], command)
     with stop_signals() as received, contextlib.closing(profile), contextlib.ExitStack() as opened:
-        writers = []
-        for member in members:
-            # Training goes on, so an earlier summary is out of date.
-            folder.remove_file(member.run.workdir / "summary.json")
-            writer = TensorBoard(member.run.workdir, member.state.history)
-            writers.append(opened.enter_context(writer))
+        stop = processes.Stop(received)
+        writers = [processes.on_first(partial(open_records, m, opened)) for m in members]
         for epoch in range(len(history), num_epochs):
             # -- Steps: compiled calls, of one step or of many, until the epoch's end or a signal.
             states = [(member.state.train, member.state.sums) for member in members]
@@ -200,9 +234,12 @@ def train(members: list[Member], command: Command) -> None:
                     state, sums = result.state, result.sums
                     # Fetching the sums waits for the device, so only as often as people look.
                     if progress.is_due():
-                        progress.show(result.step, fetch_finite(sums, members))
+                        # Several processes look for a diverged loss at the end of the epoch only,
+                        # because all of them must stop at the same step.
+                        fetch_now = fetch_finite if processes.count() == 1 else fetch
+                        progress.show(result.step, fetch_now(sums, members))
                     profile.after_call(result.done)
-                    if received:
+                    if stop.after_call():
                         break
                 fetched = fetch_finite(sums, members)
                 progress.measure(int(fetched.examples.min()) // batch_size)
@@ -214,21 +251,36 @@ def train(members: list[Member], command: Command) -> None:
                 member.state.seconds += seconds
 
             # -- A signal within the epoch: save, and leave the rest for the next call.
-            if received and fetched.examples.min() < run.steps_per_epoch * batch_size:
+            signal = stop.signal()
+            if signal and fetched.examples.min() < run.steps_per_epoch * batch_size:
                 for member in members:
                     member.state.save(member.checkpoints, None)
-                raise interrupted(members, command, received[0])
+                raise interrupted(members, command, signal)
 
             # -- Validation, checkpoint, log. A signal is heeded when the epoch is saved, after the
             # last epoch too: the evaluation of the splits, and other seeds, would take their time.
             for member, writer in zip(members, writers, strict=True):
                 record = end_epoch(member.run, member.state, command)
                 member.state.save(member.checkpoints, record["validation_accuracy"])
-                folder.write_history(member.run.workdir, member.state.history)
-                writer.add(record)
+                processes.on_first(partial(write_records, member, writer))
             logger.info("%s", progress.epoch_line([m.state.history[-1] for m in members]))
-            if received:
-                raise interrupted(members, command, received[0])
+            signal = stop.signal()
+            if signal:
+                raise interrupted(members, command, signal)
+
+
+def open_records(member: Member, opened: contextlib.ExitStack) -> TensorBoard:
+    """Opens TensorBoard's events of a run that is trained on, until `opened` is closed."""
+    # An earlier summary is out of date.
+    folder.remove_file(member.run.workdir / "summary.json")
+    return opened.enter_context(TensorBoard(member.run.workdir, member.state.history))
+
+
+def write_records(member: Member, writer: TensorBoard | None) -> None:
+    """Writes the records of the epochs so far to `metrics.jsonl`, and the last one as events."""
+    assert writer is not None
+    folder.write_history(member.run.workdir, member.state.history)
+    writer.add(member.state.history[-1])
 
 
 def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
@@ -248,12 +300,18 @@ def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
     return StreamPipeline(step, split, config.batch_size, keys, mesh)
 
 
-def fetch_finite(sums: StepSums, members: list[Member]) -> StepSums:
-    """Fetches sums from the device; raises a DivergedError if a loss is not finite."""
+def fetch(sums: StepSums, members: list[Member]) -> StepSums:
+    """Fetches sums from the device."""
     fetched: StepSums = jax.device_get(sums)
     if len(members) > 1:
         # Runs may have been repeated, so that each device has the same number of them.
         fetched = StepSums(*(leaf[: len(members)] for leaf in fetched))
+    return fetched
+
+
+def fetch_finite(sums: StepSums, members: list[Member]) -> StepSums:
+    """Fetches sums from the device; raises a DivergedError if a loss is not finite."""
+    fetched = fetch(sums, members)
     for member, step in zip(members, fetched.diverged_at.reshape(-1), strict=True):
         if step:
             raise diverged("training", int(step), member.run)
@@ -312,10 +370,16 @@ def evaluate_split(run: Run, state: RunState, name: str, command: Command) -> Ev
     return result
 
 
+def device_name(run: Run) -> str:
+    """Names the devices that a run is trained on, like "4 x NVIDIA H100"."""
+    count, kind = num_devices(run.mesh), jax.devices()[0].device_kind
+    return kind if count == 1 else f"{count} x {kind}"
+
+
 def finish(run: Run, state: RunState, command: Command) -> dict[str, Any]:
     """Evaluates the last parameters on every split and writes summary.json, unless it is there."""
     step, title = int(state.train.step), command.titles[run.workdir]
-    summary = folder.read_summary(run.workdir)
+    summary = processes.exchange(processes.on_first(lambda: folder.read_summary(run.workdir)))[0]
     if summary is not None and summary["step"] == step:
         logger.info("%sThis run is finished already.", title)
         return summary
@@ -331,10 +395,10 @@ def finish(run: Run, state: RunState, command: Command) -> dict[str, Any]:
         "step": step,
         "parameters": count_parameters(state.train.params),
         "seconds": sum(record["seconds"] for record in state.history),
-        "device": jax.devices()[0].device_kind,
+        "device": device_name(run),
         "versions": library_versions(),
     }
-    files.write_json(run.workdir / "summary.json", summary)
+    processes.on_first(lambda: files.write_json(run.workdir / "summary.json", summary))
     # Written so that it warns of a loss that is not a number, too.
     if not summary["train_loss"] < guessing_losses["train"]:
         logger.warning(

@@ -43,6 +43,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """Computes a SHA-256 of the images and labels."""
+        sha = hashlib.sha256(repr(self.images.shape).encode())
+        for array in (self.images, self.labels):
+            sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()
+
 
 def load_splits(
     name: str, splits: dict[str, str], data_dir: str | None = None, source_dir: str | None = None

@@ -18,6 +18,7 @@ from tinyvgg_jax.data import (
     is_prepared,
     load_splits,
 )
+from tinyvgg_jax.devices import find_mesh
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
@@ -151,14 +152,14 @@ def evaluate_checkpoint(
     splits, info = load_run_splits(config, [split], folders)
     if info != read_dataset(workdir):
         raise UserError(f"{config.data.name} is not the dataset that {workdir} was trained on.")
-    data, title = splits[split], f"{title}evaluating {split}"
+    data, title, mesh = splits[split], f"{title}evaluating {split}", find_mesh()
     with evaluation_progress(title, len(data)) as on_progress:
-        result = evaluate(model, restored.params, data, on_progress=on_progress)
+        result = evaluate(model, restored.params, data, on_progress=on_progress, mesh=mesh)
     flipped = None
     if flip_averaging:
         mirrored = Split(np.ascontiguousarray(data.images[:, :, ::-1]), data.labels)
         with evaluation_progress(f"{title}, mirrored", len(data)) as on_progress:
-            flipped = evaluate(model, restored.params, mirrored, on_progress=on_progress)
+            flipped = evaluate(model, restored.params, mirrored, on_progress=on_progress, mesh=mesh)
     return CheckpointEvaluation(
         workdir,
         split,

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tinyvgg_jax import processes
 from tinyvgg_jax.evaluate import OnProgress
 from tinyvgg_jax.runs.folder import steps_taken
 from tinyvgg_jax.runs.run import Run, Work
@@ -60,7 +61,7 @@ class _Bar:
             # Whoever asks `is_due` calls `show` rarely enough.
             mininterval=0,
             miniters=1,
-            disable=not sys.stderr.isatty(),
+            disable=not (processes.is_first() and sys.stderr.isatty()),
             leave=False,
             dynamic_ncols=True,
             bar_format=self._format(""),
@@ -110,6 +111,9 @@ def evaluation_progress(title: str, count: int) -> Iterator[OnProgress]:
     Yields:
         The `on_progress` for `evaluate`.
     """
+    if not processes.is_first():
+        yield lambda _: None
+        return
     start, bar = time.monotonic(), _Bar(title, count, delay=_DELAY_SECONDS)
 
     def show(done: int) -> None:
@@ -214,7 +218,7 @@ class TrainingProgress:
 
     def is_due(self) -> bool:
         """Tells whether it is time to fetch the sums from the device and call `show`."""
-        return self._bar.is_due()
+        return processes.is_first() and self._bar.is_due()
 
     def measure(self, step: int) -> None:
         """Measures the speed; the device must have finished the steps.

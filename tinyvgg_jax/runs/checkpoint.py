@@ -32,6 +32,7 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
+from tinyvgg_jax import processes
 from tinyvgg_jax.devices import REPLICATED
 from tinyvgg_jax.errors import UserError, first_line, hide_leftovers
 from tinyvgg_jax.paths import open_regular
@@ -137,8 +138,7 @@ class Checkpoints:
     def _open(self, resources: contextlib.ExitStack) -> None:
         """Makes Orbax's reader, and its manager of a folder that is written to."""
         if not self._read_only:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _clear_the_way(self._folder)
+            processes.on_first(self._make_ready)
         self._orbax_folder = resources.enter_context(plain_path(self._folder))
         self._reader = resources.enter_context(ocp.Checkpointer(ocp.CompositeCheckpointHandler()))
         # A step whose accuracy cannot be known now is missing; None stands for the middle of an
@@ -153,10 +153,17 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._accuracies))
         self._manager = ocp.CheckpointManager(self._orbax_folder, options=options)
 
+    def _make_ready(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _clear_the_way(self._folder)
+
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
+        if error is not None and processes.count() > 1 and not processes.is_agreed(error):
+            # Orbax would wait for the other processes, which know nothing of this error.
+            return
         with self._resources, self._as_user_error("cannot finish saving a checkpoint"):
             if not self._read_only:
                 self._manager.close()
@@ -188,14 +195,7 @@ class Checkpoints:
             UserError: if this checkpoint, or the one before it, could not be written.
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
-        free = shutil.disk_usage(self._folder).free
-        # Twice the size leaves room for Orbax's metadata; checked before a partial write.
-        if free < 2 * size:
-            has, needs = distinct_sizes(free, 2 * size)
-            raise UserError(
-                f"cannot save a checkpoint in {self._folder}: {has} free, "
-                f"{needs} needed. What was saved before is kept."
-            )
+        processes.on_first(lambda: self._require_room(size))
         arrays = {"params": params, "opt_state": opt_state}
         # Orbax writes in the background, when the caller may have appended to its lists already.
         progress = {
@@ -219,6 +219,17 @@ class Checkpoints:
             with self._as_user_error("what was saved cannot be read back"):
                 self._restore(step, arrays)
             self._read_back = True
+
+    def _require_room(self, size: int) -> None:
+        """Checks, before a partial write, that the disk has room for arrays of `size` bytes."""
+        free = shutil.disk_usage(self._folder).free
+        # Twice the size leaves room for Orbax's metadata.
+        if free < 2 * size:
+            has, needs = distinct_sizes(free, 2 * size)
+            raise UserError(
+                f"cannot save a checkpoint in {self._folder}: {has} free, "
+                f"{needs} needed. What was saved before is kept."
+            )
 
     def wait(self) -> None:
         """Waits until the last save is on disk."""
@@ -294,7 +305,12 @@ class Checkpoints:
         raise UserError(f"the checkpoint of step {candidates[0]} in {self._folder} is damaged.")
 
     def _restore_if_intact(self, step: int, params: Any, opt_state: Any) -> Restored | None:
-        """Restores a checkpoint; None if it is damaged."""
+        """Restores a checkpoint; None if it is damaged, for any of the processes."""
+        restored = processes.together(lambda: self._restore_or_explain(step, params, opt_state))
+        return restored if all(processes.exchange(restored is not None)) else None
+
+    def _restore_or_explain(self, step: int, params: Any, opt_state: Any) -> Restored | None:
+        """Restores a checkpoint; None, with a warning, if it is damaged."""
         wanted = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
         try:
             return self._restore(step, wanted)
@@ -382,6 +398,11 @@ class Checkpoints:
         save and restore other arrays of the same shapes and dtypes.
         """
         where = self._name(step)
+        if processes.count() > 1:
+            raise UserError(
+                f"{where} cannot be restored by several processes: {self._reason(error)}. Run the "
+                "command in a single process, which moves a damaged checkpoint away."
+            ) from error
         try:
             read_all_files(self._folder / str(step))
         except OSError as unreadable:
@@ -399,7 +420,7 @@ class Checkpoints:
 
     def _quarantine(self, step: int) -> None:
         """Moves a damaged checkpoint away, because Orbax refuses to save a step that exists."""
-        _quarantine_folder(self._folder / str(step))
+        processes.on_first(lambda: _quarantine_folder(self._folder / str(step)))
         self._manager.reload()
 
     @contextlib.contextmanager

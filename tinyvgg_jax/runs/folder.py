@@ -284,6 +284,19 @@ def describe(
     write_config(workdir, config)
 
 
+def require_described(workdir: Path) -> None:
+    """Checks, in every process of a run, that the first one has described the run in its folder.
+
+    Raises:
+        UserError: if the folder is another one here.
+    """
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir} is another folder than that of process 0. Several processes need a folder "
+            "on a file system that they share."
+        )
+
+
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json`; a summary of another number of epochs or seeds is removed before.
 

@@ -1,0 +1,281 @@
+"""Processes that train one run together, each on the devices of its own machine.
+
+They all run the same program and wait for each other wherever their devices exchange something. So
+what one of them alone knows, like a signal or an error, has to be agreed on before any of them acts
+on it. The first process alone writes to the run's folder, except for the arrays in checkpoints.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tinyvgg_jax.errors import (
+    AgreedError,
+    DivergedError,
+    InterruptedRunError,
+    LostProcessError,
+    UserError,
+)
+
+# Time for all processes to find each other.
+_START_SECONDS = 50
+# A process that has not been heard of for so long is lost, and all others end. Mostly they notice
+# it at once, because its connections are closed.
+_SILENCE_SECONDS = 30
+# Calls of a pipeline between two questions whether any process was asked to stop.
+_CALLS_PER_QUESTION = 16
+# Libraries' words for a process that is gone.
+_LOST = re.compile("gloo|nccl|coordination|heartbeat|connection|barrier|deadline", re.IGNORECASE)
+
+Result = TypeVar("Result")
+
+
+def start(
+    address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    abandon: Callable[[str], object],
+) -> None:
+    """Connects this process with the others of its run, if there are any.
+
+    Args:
+        address: `HOST:PORT` of the first process. None for all three to find them in the
+            environment, as JAX does under SLURM, Open MPI and Kubernetes and on TPUs.
+        num_processes: number of processes.
+        process_id: number of this process, counted from 0.
+        abandon: ends the process with a message. It is called from another thread if the others
+            are not found in time, for which JAX has no exception.
+
+    Raises:
+        UserError: if the arguments are not right.
+    """
+    given = {
+        "coordinator_address": address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if not _is_one_of_several():
+            return
+    elif missing:
+        raise UserError(f"{' and '.join(missing)} must be passed, too.")
+    else:
+        assert num_processes is not None and process_id is not None
+        if not re.fullmatch(r".+:[0-9]{1,5}", address or ""):
+            raise UserError(f"--coordinator_address must be HOST:PORT, not {address!r}.")
+        if num_processes < 1:
+            raise UserError(f"--num_processes must be at least 1, not {num_processes}.")
+        if not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--process_id must be from 0 to {num_processes - 1}, not {process_id}."
+            )
+    who = "the other processes" if not process_id else f"the coordinator, {address},"
+    words = f"{who} did not answer within {_START_SECONDS} seconds."
+    alarm = threading.Timer(_START_SECONDS, abandon, [words])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            process_id,
+            initialization_timeout=10 * _START_SECONDS,
+            heartbeat_timeout_seconds=_SILENCE_SECONDS,
+        )
+        with _quiet():
+            # The first exchange connects the devices, too.
+            exchange(None)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot connect with the other processes: {reason}") from error
+    finally:
+        alarm.cancel()
+
+
+def _is_one_of_several() -> bool:
+    """Tells whether JAX finds in the environment that this is one process of several."""
+    # JAX has no public way to ask. A version without these names needs the flags.
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src.clusters import ClusterEnv
+
+        for environment in ClusterEnv._cluster_types:
+            # A single process may run in such an environment, too, where its number is not known.
+            with contextlib.suppress(Exception):
+                if not environment.opt_in_only_method and environment.is_env_present():
+                    return environment.get_process_count() > 1
+    return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what libraries in C print about connections; Python's own output stays."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
+
+
+def count() -> int:
+    """Returns the number of processes of this run."""
+    return jax.process_count()
+
+
+def is_first() -> bool:
+    """Tells whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """Gathers a value of each process.
+
+    Args:
+        value: what this process contributes, JSON-serialisable.
+
+    Returns:
+        The values of all processes, in order; every process gets the same list.
+    """
+    if count() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = max(multihost_utils.process_allgather(np.int32(len(content))).tolist())
+    # Powers of 2 keep the number of programs small, which JAX compiles for each size.
+    padded = np.full(1 << (size - 1).bit_length(), ord(" "), np.uint8)
+    padded[: len(content)] = content
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row.tobytes()) for row in np.asarray(rows)]
+
+
+def together(function: Callable[[], Result], takes_part: bool = True) -> Result | None:
+    """Calls a function in every process, or in some, so that all of them fail if one does.
+
+    Args:
+        function: what to call.
+        takes_part: whether this process calls it.
+
+    Returns:
+        What this process's call returned; None if it takes no part.
+
+    Raises:
+        UserError: if any process raised one.
+    """
+    if count() == 1:
+        return function()
+    result, message = None, None
+    if takes_part:
+        try:
+            result = function()
+        except UserError as error:
+            message = str(error)
+    _raise_first(exchange(message))
+    return result
+
+
+def _raise_first(messages: list[str | None]) -> None:
+    failed = [(number, message) for number, message in enumerate(messages) if message is not None]
+    if failed:
+        number, message = failed[0]
+        raise AgreedError(message if number == 0 else f"process {number}: {message}")
+
+
+def on_first(function: Callable[[], Result]) -> Result | None:
+    """Calls a function in the first process only; see `together`."""
+    return together(function, is_first())
+
+
+def first_then_others(function: Callable[[], Result]) -> Result:
+    """Calls a function in the first process, and then in all others; see `together`.
+
+    What the first one leaves in a folder that they share is there for the others.
+    """
+    result = on_first(function)
+    if count() == 1:
+        return result  # type: ignore[return-value]
+    other = together(function, not is_first())
+    return result if is_first() else other  # type: ignore[return-value]
+
+
+def require_same(words: str, value: dict[str, Any]) -> None:
+    """Checks that every process has the same values.
+
+    Args:
+        words: names the values, for the message.
+        value: the values by name, JSON-serialisable.
+
+    Raises:
+        UserError: naming the first process and value that differ from the first process's.
+    """
+    first, *others = exchange(value)
+    for number, theirs in enumerate(others, start=1):
+        for name in first | theirs:
+            if first.get(name) != theirs.get(name):
+                raise AgreedError(
+                    f"the processes have different {words}: {name} is {first.get(name)!r} in "
+                    f"process 0, and {theirs.get(name)!r} in process {number}."
+                )
+
+
+class Stop:
+    """Agreement of all processes on whether to stop, since a signal may reach only one of them."""
+
+    def __init__(self, received: list[int]):
+        """Prepares the agreement.
+
+        Args:
+            received: the signals of this process, to which others may be added later.
+        """
+        self._received, self._calls = received, 0
+
+    def signal(self) -> int:
+        """Returns the number of the signal that any process has received; 0 for none."""
+        return max(exchange(self._received[0] if self._received else 0))
+
+    def after_call(self) -> bool:
+        """Tells, after a pipeline's call, whether to stop; every process gets the same answer."""
+        self._calls += 1
+        if count() > 1 and self._calls % _CALLS_PER_QUESTION:
+            return False
+        return self.signal() > 0
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Tells whether every process raises the same error, so that all end in an orderly way."""
+    return isinstance(error, AgreedError | DivergedError | InterruptedRunError)
+
+
+@contextlib.contextmanager
+def reporting_losses() -> Iterator[None]:
+    """Turns the errors of libraries into a LostProcessError if another process is gone."""
+    try:
+        yield
+    except UserError as error:
+        # Such a library's error may be part of an error of Orbax.
+        if count() > 1 and not is_agreed(error) and _LOST.search(str(error)):
+            raise _lost(error) from error
+        raise
+    except Exception as error:
+        if count() > 1 and not is_agreed(error) and _LOST.search(f"{type(error)} {error}"):
+            raise _lost(error) from error
+        raise
+
+
+def _lost(error: Exception) -> LostProcessError:
+    return LostProcessError(
+        f"process {jax.process_index()} of {count()} lost another one. What was saved is kept; run "
+        f"the same command in all processes again to go on from there. "
+        f"({str(error).strip().splitlines()[0]})"
+    )
