@@ -92,9 +92,8 @@ def start(
             initialization_timeout=10 * _START_SECONDS,
             heartbeat_timeout_seconds=_SILENCE_SECONDS,
         )
-        with _quiet():
-            # The first exchange connects the devices, too.
-            exchange(None)
+        _keep_standard_output()
+        exchange(None)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot connect with the other processes: {reason}") from error
@@ -116,18 +115,14 @@ def _is_one_of_several() -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what libraries in C print about connections; Python's own output stays."""
+def _keep_standard_output() -> None:
+    """Keeps standard output for Python, since Gloo prints a line about each connection there."""
     sys.stdout.flush()
     kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nothing)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+    stdout = sys.stdout
+    sys.stdout = os.fdopen(kept, "w", encoding=stdout.encoding, errors=stdout.errors)
 
 
 def count() -> int:
