@@ -27,7 +27,9 @@ from tinyvgg_jax.runs.files import json_text, writing_to
 _JAX_WORKER = "tinyvgg_jax.benchmark.jax_worker"
 _TORCH_WORKER = "tinyvgg_jax.benchmark.torch_worker"
 _NAME = "tinyvgg_jax"
-CASES = ("startup", "train", "infer", "epoch", "stream")
+CASES = ("startup", "train", "infer", "epoch", "stream", "scale")
+# What runs if no cases are asked for; scaling is of interest to who has several devices.
+_DEFAULT_CASES = CASES[:-1]
 # Turns off the convolutions in C.
 _XLA_ONLY = {"TINYVGG_JAX_NATIVE": "0"}
 # Size of the train split; batch size and number of epochs of the paper's recipe.
@@ -72,7 +74,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m tinyvgg_jax.benchmark", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--cases", type=_words, default=list(CASES), help="cases to run, from " + ",".join(CASES)
+        "--cases",
+        type=_words,
+        default=list(_DEFAULT_CASES),
+        help=f"cases to run, from {','.join(CASES)}; default: all but scale",
     )
     parser.add_argument(
         "--batch_sizes",
@@ -175,6 +180,17 @@ def _cases(
             {"kind": "stream", "batch_size": _BATCH_SIZE, "examples": _EXAMPLES},
             [Contestant(f"{_NAME}'s batches from the host, no model", _JAX_WORKER)],
         )
+    if "scale" in arguments.cases:
+        for size in sizes:
+            yield (
+                {
+                    "kind": "scale",
+                    "batch_size": size,
+                    "dtype": dtypes[0],
+                    "examples": max(_FEW_EXAMPLES, 100 * size),
+                },
+                _scale_contestants(size, on_cpu),
+            )
 
 
 def _jax_contestants(on_cpu: bool) -> list[Contestant]:
@@ -205,6 +221,24 @@ def _torch_contestants(peer: str | None, on_cpu: bool, training: bool) -> list[C
         )
         for way in ways
         for last in (True, False)
+    ]
+
+
+def _scale_contestants(batch_size: int, on_cpu: bool) -> list[Contestant]:
+    """Lists 1, 2, 4, ... devices that share each batch; on a CPU, four that share its cores."""
+    import jax
+
+    available = 4 if on_cpu else jax.device_count()
+    counts = [2**i for i in range(available.bit_length())]
+    return [
+        Contestant(
+            f"{count} device{'s' if count > 1 else ''}",
+            _JAX_WORKER,
+            {"num_devices": count},
+            {"JAX_NUM_CPU_DEVICES": str(count)},
+        )
+        for count in counts
+        if batch_size % count == 0
     ]
 
 
@@ -243,7 +277,8 @@ def _entry(case: dict[str, Any], results: list[Result]) -> dict[str, Any]:
 
     Returns:
         `case` and `results`; with a peer `best_peer`, `ratios` and `ratio`; with a matrix product
-        `matmul_flops_per_second`, `step_flops`, `flops_per_second` and `share_of_matmul`.
+        `matmul_flops_per_second`, `step_flops`, `flops_per_second` and `share_of_matmul`; for
+        several devices `scaling`, a list of their `devices`, `speed_up` and `efficiency`.
     """
     entry: dict[str, Any] = {"case": case, "results": [dataclasses.asdict(r) for r in results]}
     ran = [result for result in results if result.seconds]
@@ -254,6 +289,8 @@ def _entry(case: dict[str, Any], results: list[Result]) -> dict[str, Any]:
         entry["best_peer"] = best.name
         entry["ratios"] = pairs
         entry["ratio"] = statistics.median(pairs)
+    if case["kind"] == "scale" and ran:
+        entry["scaling"] = [_scaling(ran[0], result) for result in ran]
     product = next((result for result in ran if "matrix product" in result.name), None)
     if product and ran[0] is not product:
         size = 2048 if product.facts["platform"] == "cpu" else 8192
@@ -263,6 +300,13 @@ def _entry(case: dict[str, Any], results: list[Result]) -> dict[str, Any]:
         entry["flops_per_second"] = flops / ran[0].median
         entry["share_of_matmul"] = entry["flops_per_second"] / entry["matmul_flops_per_second"]
     return entry
+
+
+def _scaling(one: Result, several: Result) -> dict[str, Any]:
+    """Compares several devices with one: speed-up is t(1) / t(n), efficiency t(1) / (n t(n))."""
+    speed_up = statistics.median(ratios(several, one))
+    devices = several.facts["devices"]
+    return {"devices": devices, "speed_up": speed_up, "efficiency": speed_up / devices}
 
 
 def step_flops(batch_size: int) -> int:
@@ -307,6 +351,11 @@ def _table(entry: dict[str, Any], results: list[Result]) -> str:
             f"  {entry['ratio']:.2f} times as fast as the best peer, {entry['best_peer']} "
             f"(rounds from {low:.2f} to {high:.2f})"
         )
+    for one in entry.get("scaling", []):
+        line = f"  {one['devices']} devices: {one['speed_up']:.2f} times as fast as one"
+        lines.append(f"{line}, efficiency {one['efficiency']:.0%}")
+    if "scaling" in entry and results[0].facts.get("platform") == "cpu":
+        lines.append("  These devices share the cores of one CPU, so 1.00 times is the most.")
     if "share_of_matmul" in entry:
         step, rate = entry["step_flops"] / 1e9, entry["flops_per_second"] / 1e9
         product = entry["matmul_flops_per_second"] / 1e9

@@ -14,6 +14,7 @@ import numpy as np
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.benchmark.worker import Prepared, serve
 from tinyvgg_jax.data import Split, epoch_order, on_device, stream
+from tinyvgg_jax.devices import find_mesh, num_devices, replicate
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.optimizer import make_optimizer
 from tinyvgg_jax.pipeline import CallResult, DevicePipeline, Keys, StreamPipeline
@@ -28,6 +29,7 @@ def prepare(case: dict[str, Any]) -> Prepared:
     kinds = {
         "train": train,
         "epoch": train,
+        "scale": train,
         "infer": infer,
         "stream": stream_only,
         "matmul": matmul,
@@ -49,13 +51,14 @@ def synthetic_split(size: int) -> Split:
 
 
 def train(case: dict[str, Any]) -> Prepared:
-    """Prepares training steps: with augmentation if the kind is "epoch", without if "train"."""
+    """Prepares training steps, with augmentation if the kind is "epoch"."""
     model = TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True)
     optimizer = make_optimizer(lambda _: 0.01, 0.9)
-    augmentation: Augmentation = lambda _, images, step: images  # noqa: E731
+    augmentation: Augmentation = lambda _, images, *__: images  # noqa: E731
     if case["kind"] == "epoch":
         augmentation = functools.partial(augment, rotation_degrees=10.0, horizontal_flip=True)
-    step = make_train_step(model, optimizer, augmentation)
+    mesh = find_mesh(case.get("num_devices", 1))
+    step = make_train_step(model, optimizer, augmentation, shared=mesh is not None)
     kind = StreamPipeline if case.get("pipeline") == "stream" else DevicePipeline
     split = synthetic_split(case["examples"])
     pipeline = kind(
@@ -63,9 +66,11 @@ def train(case: dict[str, Any]) -> Prepared:
         split,
         case["batch_size"],
         Keys(order=jax.random.key(2), step=jax.random.key(1)),
+        mesh=mesh,
     )
     init = functools.partial(init_state, model, optimizer, image_shape=IMAGE_SHAPE)
-    calls = endless(pipeline, jax.jit(init)(jax.random.key(0)))
+    state, sums = replicate((jax.jit(init)(jax.random.key(0)), StepSums.zero()), mesh)
+    calls = endless(pipeline, state, sums)
 
     def run(steps: int) -> float:
         start, taken = time.perf_counter(), 0
@@ -77,14 +82,19 @@ def train(case: dict[str, Any]) -> Prepared:
         return (time.perf_counter() - start) * steps / taken
 
     run(1)
-    return Prepared(run, lambda: device_facts() | {"counted_flops": xla_flops(step, init, case)})
+
+    def facts() -> dict[str, Any]:
+        if mesh is not None:
+            return device_facts() | {"devices": num_devices(mesh)}
+        return device_facts() | {"counted_flops": xla_flops(step, init, case), "devices": 1}
+
+    return Prepared(run, facts)
 
 
 def endless(
-    pipeline: DevicePipeline | StreamPipeline, state: TrainState
+    pipeline: DevicePipeline | StreamPipeline, state: TrainState, sums: StepSums
 ) -> Iterator[tuple[CallResult, int]]:
     """Runs epochs without end; yields the result of each call and its number of steps."""
-    sums = StepSums.zero()
     for epoch in itertools.count():
         done = 0
         for result in pipeline.epoch(state, sums, epoch, 0):
