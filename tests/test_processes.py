@@ -17,9 +17,12 @@ from conftest import ROOT, stored
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import train_and_evaluate
+from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.processes import Stop, exchange, on_first, require_same, start, together
 from tinyvgg_jax.runs.restore import restore
 
-pytestmark = pytest.mark.slow
+# Each starts several processes, one after another.
+slow = pytest.mark.slow
 
 # Moments of kill -9; more are tried by, for example, TINYVGG_KILLS=5 pytest -s.
 _KILLS = int(os.environ.get("TINYVGG_KILLS", "2"))
@@ -119,7 +122,14 @@ def run(config: ConfigDict) -> ConfigDict:
     return config
 
 
-@pytest.mark.parametrize(("devices", "pipeline"), [(1, "device"), (2, "device"), (2, "stream")])
+@pytest.mark.parametrize(
+    ("devices", "pipeline"),
+    [
+        (2, "device"),
+        pytest.param(1, "device", marks=slow),
+        pytest.param(2, "stream", marks=slow),
+    ],
+)
 def test_two_processes_end_like_one(
     run: ConfigDict, tmp_path: Path, devices: int, pipeline: str
 ) -> None:
@@ -136,6 +146,7 @@ def test_two_processes_end_like_one(
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
+@slow
 def test_runs_go_on_on_another_number_of_processes(run: ConfigDict, tmp_path: Path) -> None:
     """From two to one, evaluated there, and from one to two."""
     argv = flags(run, tmp_path / "run", num_epochs=1)
@@ -160,6 +171,7 @@ def test_runs_go_on_on_another_number_of_processes(run: ConfigDict, tmp_path: Pa
     assert_close(tmp_path / "run", tmp_path / "whole")
 
 
+@slow
 def test_seeds_are_trained_one_after_another(run: ConfigDict, tmp_path: Path) -> None:
     argv = flags(run, tmp_path / "run", num_seeds=2, num_epochs=1)
     first, second = Group(tmp_path / "out", [argv, argv]).wait()
@@ -171,6 +183,7 @@ def test_seeds_are_trained_one_after_another(run: ConfigDict, tmp_path: Path) ->
         assert_close(tmp_path / "run" / f"seed_{seed}", tmp_path / f"seed_{seed}")
 
 
+@slow
 def test_a_killed_process_ends_the_others_and_all_go_on_bit_for_bit(
     run: ConfigDict, tmp_path: Path
 ) -> None:
@@ -198,6 +211,7 @@ def test_a_killed_process_ends_the_others_and_all_go_on_bit_for_bit(
     assert_equal(tmp_path / "killed", tmp_path / "whole")
 
 
+@slow
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_signal_to_one_process_stops_all(run: ConfigDict, tmp_path: Path, who: int) -> None:
     argv = flags(run, tmp_path / "run", num_epochs=100_000)
@@ -237,6 +251,7 @@ def test_processes_with_different_configs_or_data_end_alike(
     assert not (tmp_path / "run").exists()
 
 
+@slow
 def test_what_one_process_alone_finds_wrong_ends_all(run: ConfigDict, tmp_path: Path) -> None:
     argv = flags(run, tmp_path / "run")
     nothing = [*argv, f"--config.data.data_dir={tmp_path / 'nothing'}"]
@@ -249,6 +264,7 @@ def test_what_one_process_alone_finds_wrong_ends_all(run: ConfigDict, tmp_path: 
     assert "a file system that they share" in first.stderr and second.stderr == ""
 
 
+@slow
 def test_a_coordinator_that_nobody_hears_of_ends_in_a_minute(
     run: ConfigDict, tmp_path: Path
 ) -> None:
@@ -261,3 +277,96 @@ def test_a_coordinator_that_nobody_hears_of_ends_in_a_minute(
     assert ended.status == 2
     assert ended.stderr.splitlines()[-1].endswith("did not answer within 50 seconds.")
     assert not (tmp_path / "run").exists()
+
+
+# What a process finds out alone
+
+
+def never(message: str) -> None:
+    raise AssertionError(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("localhost:1", None, None), "--num_processes and --process_id must be passed, too."),
+        ((None, 2, 0), "--coordinator_address must be passed, too."),
+        (("localhost", 2, 0), "--coordinator_address must be HOST:PORT, not 'localhost'."),
+        (("localhost:1", 0, 0), "--num_processes must be at least 1, not 0."),
+        (("localhost:1", 2, 2), "--process_id must be from 0 to 1, not 2."),
+        (("localhost:1", 2, -1), "--process_id must be from 0 to 1, not -1."),
+    ],
+)
+def test_wrong_flags_are_named(arguments: tuple[Any, Any, Any], words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        start(*arguments, never)
+    assert str(raised.value) == words
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        # A batch job that is no step of `srun`, a single task, and a pod that is no job.
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},
+        {
+            "SLURM_JOB_ID": "1",
+            "SLURM_NTASKS": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_STEP_NODELIST": "node1",
+        },
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+    ],
+)
+def test_a_single_process_connects_with_nobody(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax.distributed, "initialize", never)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    start(None, None, None, never)
+
+
+def test_what_a_cluster_starts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {"JOB_ID": 1, "NTASKS": 2, "PROCID": 1, "LOCALID": 0, "STEP_NODELIST": "node1"}
+    for name, value in task.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+    class Found(BaseException):
+        pass
+
+    def initialize(*arguments: Any, **_: Any) -> None:
+        # JAX reads the rest by itself.
+        assert arguments == (None, None, None)
+        raise Found
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(Found):
+        start(None, None, None, never)
+
+
+def test_a_single_process_agrees_with_itself() -> None:
+    assert exchange({"a": 1}) == [{"a": 1}]
+    assert together(lambda: 3) == on_first(lambda: 3) == 3
+    require_same("configs", {"seed": 1})
+    received: list[int] = []
+    stop = Stop(received)
+    assert not stop.after_call() and stop.signal() == 0
+    received.append(signal.SIGTERM)
+    assert stop.after_call() and stop.signal() == signal.SIGTERM
+
+
+def test_processes_are_for_training_only(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "tinyvgg_jax.main", "--mode", "eval"),
+            *("--workdir", str(tmp_path), "--process_id", "0"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "tinyvgg_jax: --process_id is for training, not for --mode eval.\n"
