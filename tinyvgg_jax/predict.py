@@ -105,8 +105,9 @@ class Predictor:
         Returns:
             `[B, num_classes]` float32.
         """
-        # A single image is not worth being sent to another device.
-        mesh = find_mesh() if size > 1 else None
+        # A single image is not worth being sent to another device. Each of several processes
+        # predicts its own images.
+        mesh = find_mesh() if size > 1 and jax.process_count() == 1 else None
         size = math.ceil(size / num_devices(mesh)) * num_devices(mesh)
         params = replicate(self.params, mesh)
         chunks = [batch[start : start + size] for start in range(0, len(batch), size)]

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import processes
 from tinyvgg_jax.data import Split, fits_on_device
-from tinyvgg_jax.devices import num_devices, replicate
+from tinyvgg_jax.devices import find_mesh, num_devices, replicate, require_even_batches
 from tinyvgg_jax.errors import DivergedError, InterruptedRunError
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
@@ -102,7 +102,14 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         processes.on_first(partial(folder.refuse_another_run, path, one))
     # Making the first run checks the config and the data before anything is written to the folder.
     first, first_config = next(iter(configs.items()))
-    run = processes.first_then_others(lambda: make_run(first_config, first))
+    # A single CPU is busy with one network already, and convolutions with a kernel for each image
+    # of a batch are slow there. Several processes share the batches of one run after another,
+    # because all that save a run's arrays must hold them.
+    several = _accelerated() or find_mesh(config.num_devices) is not None
+    together = several and config.data.pipeline != "stream" and processes.count() == 1
+    run = processes.first_then_others(
+        lambda: make_run(first_config, first, shares_batches=not together)
+    )
     for path, one in configs.items():
         member = dataclasses.replace(run, config=one, workdir=path)
         processes.on_first(partial(check_folder, member))
@@ -111,17 +118,13 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         processes.on_first(lambda: lock.enter_context(folder.locked(workdir)))
         processes.on_first(lambda: folder.write_config(workdir, config))
         summaries = None
-        # A single CPU is busy with one network already, and convolutions with a kernel for each
-        # image of a batch are slow there.
-        together = _accelerated() or run.mesh is not None
-        # Several processes share the batches of one run after another, since each of them saves a
-        # part of a run's arrays only where all hold the run.
-        if together and config.data.pipeline != "stream" and processes.count() == 1:
+        if together:
             try:
                 summaries = train_together(configs, command, run.splits)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
+                require_even_batches(config.batch_size, run.mesh)
                 logger.warning("The device has no room for all seeds at once; one after another.")
         if summaries is None:
             summaries = [
@@ -158,7 +161,7 @@ def train_together(
     with processes.reporting_losses(), contextlib.ExitStack() as locks:
         runs: list[Run] = []
         for workdir, config in configs.items():
-            runs.append(open_run(config, workdir, splits, locks))
+            runs.append(open_run(config, workdir, splits, locks, len(configs) == 1))
             splits = runs[0].splits
         members = []
         with contextlib.ExitStack() as open_checkpoints:
@@ -178,10 +181,13 @@ def open_run(
     workdir: Path,
     splits: dict[str, Split] | None,
     locks: contextlib.ExitStack,
+    shares_batches: bool,
 ) -> Run:
     """Makes a run, locks its folder until `locks` is closed, and describes the run there."""
     processes.on_first(lambda: folder.refuse_another_run(workdir, config))
-    run = processes.first_then_others(lambda: make_run(config, workdir, splits))
+    run = processes.first_then_others(
+        lambda: make_run(config, workdir, splits, shares_batches=shares_batches)
+    )
     if splits is None and processes.count() > 1:
         contents = {name: split.digest() for name, split in run.splits.items()}
         processes.require_same("data", contents)
@@ -295,7 +301,10 @@ def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
     keys = stack([run.keys for run in runs], mesh)
     step = run.train_step(shared=mesh is not None and len(runs) == 1)
     wanted = config.data.pipeline
-    if len(runs) > 1 or wanted == "device" or (wanted == "auto" and fits_on_device(split)):
+    if wanted == "auto":
+        # Processes must run the same program, although their devices may have different memory.
+        wanted = "device" if all(processes.exchange(fits_on_device(split))) else "stream"
+    if len(runs) > 1 or wanted == "device":
         return DevicePipeline(step, split, config.batch_size, keys, mesh=mesh)
     return StreamPipeline(step, split, config.batch_size, keys, mesh)
 

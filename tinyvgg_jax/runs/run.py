@@ -144,13 +144,20 @@ class Run:
         return init_state(self.model, self.optimizer, key, self.info.image_shape, average)
 
 
-def make_run(config: ConfigDict, workdir: Path, splits: dict[str, Split] | None = None) -> Run:
+def make_run(
+    config: ConfigDict,
+    workdir: Path,
+    splits: dict[str, Split] | None = None,
+    *,
+    shares_batches: bool = True,
+) -> Run:
     """Makes the parts of a run from its config.
 
     Args:
         config: a validated config.
         workdir: the run's folder; it is neither read nor written here.
         splits: the splits, if a run of another seed has loaded them already.
+        shares_batches: whether several devices share each batch; otherwise each has whole runs.
 
     Returns:
         The run.
@@ -167,7 +174,8 @@ def make_run(config: ConfigDict, workdir: Path, splits: dict[str, Split] | None 
             f"config.batch_size is {config.batch_size:,}, more than the {size:,} examples of "
             f"{data.train_split!r}."
         )
-    require_even_batches(config.batch_size, mesh)
+    if shares_batches:
+        require_even_batches(config.batch_size, mesh)
     schedule = learning_rate_schedule(
         config.learning_rate,
         config.learning_rate_decay,
