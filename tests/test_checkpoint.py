@@ -1,6 +1,7 @@
 import errno
 import gc
 import json
+import logging
 import os
 import re
 import shutil
@@ -380,10 +381,11 @@ def test_steps_are_numbers_latest_or_best(tmp_path: Path) -> None:
 METRICS = [b"", b"{", b"[]", b"[" * 100_000, b'{"validation_accuracy": 2.0}', "folder", "fifo"]
 
 
-def test_a_damaged_checkpoint_leaves_no_traceback_behind(tmp_path: Path) -> None:
-    """Orbax leaves coroutines, which Python prints wherever it finds them."""
+@pytest.mark.parametrize("name", ["array_metadatas/process_0", "manifest.ocdbt"])
+def test_a_damaged_checkpoint_leaves_no_traceback_behind(tmp_path: Path, name: str) -> None:
+    """Orbax leaves coroutines and tasks, which Python prints wherever it finds them."""
     fill(tmp_path / "c", {1: 0.5, 2: 0.9})
-    next((tmp_path / "c" / "2" / "params" / "array_metadatas").iterdir()).write_bytes(b"")
+    (tmp_path / "c" / "2" / "params" / name).write_bytes(b"")
     code = (
         "import gc, sys; from pathlib import Path;"
         "from test_checkpoint import ABSTRACT, Checkpoints;"
@@ -417,6 +419,10 @@ def test_only_coroutines_of_orbax_are_hidden() -> None:
     finally:
         own.close()
         of_orbax.close()
+    errors.hide_leftovers()
+    for words, shown in (("coro=<read() at orbax/a.py>", False), ("coro=<read() at a.py>", True)):
+        record = logging.makeLogRecord({"msg": f"Task exception was never retrieved {words}"})
+        assert bool(logging.getLogger("asyncio").filter(record)) == shown
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"x"', "[" * 100_000, '{"a":' * 100_000, None])

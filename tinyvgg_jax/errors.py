@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def is_leftover(unraisable: Any) -> bool:
 def hide_leftovers() -> None:
     """Hides the coroutines that Orbax leaves behind, from the first call to the process's end.
 
-    They may still wait for a thread that reads, so nobody knows when Python will find them.
+    They may still wait for a thread that reads, so nobody knows when Python will find them, and
+    whether it will be as a coroutine that was never awaited or as a task that nobody asked.
     """
 
     def show(unraisable: Any) -> None:
@@ -71,3 +73,4 @@ def hide_leftovers() -> None:
             show_before(unraisable)
 
     show_before, sys.unraisablehook = sys.unraisablehook, show
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())

@@ -115,6 +115,8 @@ class Checkpoints:
         Raises:
             UserError: if the folder cannot be opened.
         """
+        # Before anything is read, because what fails leaves them at once.
+        hide_leftovers()
         self._folder = folder.absolute()
         self._read_only = read_only
         self._mesh = mesh
@@ -318,7 +320,6 @@ class Checkpoints:
             raise
         except Exception as error:
             # A damaged file raises one of a dozen exception types, plain Exception included.
-            hide_leftovers()
             if not isinstance(error, DamagedError):
                 self._require_damage(step, wanted, error)
             logger.info("Reading the checkpoint of step %d again: %s", step, self._reason(error))
