@@ -43,6 +43,10 @@ def get_config() -> ConfigDict:
     config.label_smoothing = 0.0
     # Above 0, a moving average of the parameters is kept, and evaluated in place of them.
     config.ema_decay = 0.0
+    # A trained run, "WORKDIR" or "WORKDIR:STEP", whose layers are taken where they fit; and layers
+    # that are not trained, like ("conv1", "conv2_1"), where "conv1" stands for its whole block.
+    config.init_from = config_dict.placeholder(str)
+    config.freeze = ()
     # The dtype of the computation: "float32" or "bfloat16". Parameters and loss stay float32.
     config.dtype = "float32"
     # Whether to write a trace of some steps to WORKDIR/profile, for XProf or Perfetto.

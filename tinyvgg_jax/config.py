@@ -136,6 +136,20 @@ FIELDS: dict[str, Field] = {
     "ema_decay": Field(
         float, "decay of a moving average of the parameters, or 0", (_FRACTION,), value_before=0.0
     ),
+    "init_from": Field(
+        (str, type(None)), "WORKDIR or WORKDIR:STEP of a run to start from", value_before=None
+    ),
+    "freeze": Field(
+        tuple,
+        "layers that stay as they are",
+        (
+            Check(
+                lambda names: all(isinstance(name, str) and name for name in names),
+                "a tuple of layers' names",
+            ),
+        ),
+        value_before=(),
+    ),
     "dtype": Field(str, "dtype of the computation", (_one_of("float32", "bfloat16"),)),
     "profile": Field(
         bool, "whether to write a trace of some steps", value_before=False, affects_result=False
@@ -259,7 +273,7 @@ def _of_type(name: str, value: Any, kind: Any) -> Any:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
-    if kind is _FOLDER and value in ("None", ""):
+    if kind == _FOLDER and value in ("None", ""):
         # This is how None is said on a command line.
         value = None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

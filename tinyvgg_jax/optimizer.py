@@ -217,6 +217,26 @@ def make_optimizer(
     return optax.chain(*parts) if len(parts) > 1 else parts[0]
 
 
+def freeze(
+    optimizer: optax.GradientTransformation, layers: set[str]
+) -> optax.GradientTransformation:
+    """Lets an optimizer leave layers as they are, and keep no state for them.
+
+    Args:
+        optimizer: the transformation for the others.
+        layers: names of layers, the first keys in the tree of parameters.
+    """
+    if not layers:
+        return optimizer
+
+    def labels(params: optax.Params) -> optax.Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if path[0].key in layers else "trained", params
+        )
+
+    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
 def is_kernel(params: optax.Params) -> optax.Params:
     """Marks the kernels in a tree of parameters: True for a kernel, False for a bias."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -31,7 +31,14 @@ from tinyvgg_jax.report.recipe import library_versions
 from tinyvgg_jax.report.tensorboard import TensorBoard
 from tinyvgg_jax.runs import files, folder, seeds
 from tinyvgg_jax.runs.checkpoint import Checkpoints
-from tinyvgg_jax.runs.run import Run, RunState, first_state, make_run, restore_state
+from tinyvgg_jax.runs.run import (
+    Run,
+    RunState,
+    first_state,
+    make_run,
+    restore_state,
+    with_source,
+)
 from tinyvgg_jax.signals import stop_signals
 from tinyvgg_jax.step import StepSums
 from tinyvgg_jax.system import Profile
@@ -113,6 +120,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     for path, one in configs.items():
         member = dataclasses.replace(run, config=one, workdir=path)
         processes.on_first(partial(check_folder, member))
+        processes.together(partial(with_source, member))
     command = Command(workdir, dict(zip(configs, seeds.titles(config), strict=True)))
     with contextlib.ExitStack() as lock:
         processes.on_first(lambda: lock.enter_context(folder.locked(workdir)))
@@ -191,6 +199,8 @@ def open_run(
     if splits is None and processes.count() > 1:
         contents = {name: split.digest() for name, split in run.splits.items()}
         processes.require_same("data", contents)
+    source = processes.together(lambda: with_source(run).source)
+    run = dataclasses.replace(run, source=source)
     processes.on_first(lambda: locks.enter_context(folder.locked(workdir)))
     processes.on_first(lambda: check_folder(run))
     processes.on_first(lambda: folder.describe(workdir, config, run.splits, run.info))

@@ -71,6 +71,8 @@ def _optimizer(config: ConfigDict) -> str:
         config.weight_decay > 0 and f"weight decay {config.weight_decay:g}",
         config.gradient_clipping > 0 and f"gradients clipped at {config.gradient_clipping:g}",
         config.ema_decay > 0 and f"moving average of the parameters {config.ema_decay:g}",
+        bool(config.freeze) and f"without {', '.join(config.freeze)}, which stay as they are",
+        config.init_from is not None and f"starting from {config.init_from}",
     )
 
 

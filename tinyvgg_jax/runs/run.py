@@ -33,10 +33,12 @@ from tinyvgg_jax.devices import (
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import TinyVGG
-from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
+from tinyvgg_jax.optimizer import freeze, learning_rate_schedule, make_optimizer
 from tinyvgg_jax.pipeline import Keys
 from tinyvgg_jax.runs.checkpoint import Checkpoints
-from tinyvgg_jax.runs.restore import build_model
+from tinyvgg_jax.runs.folder import steps_taken
+from tinyvgg_jax.runs.restore import abstract_params, build_model
+from tinyvgg_jax.runs.transfer import fitting_layers, frozen_layers, trained_params
 from tinyvgg_jax.step import (
     StepSums,
     TrainState,
@@ -74,6 +76,8 @@ class Run:
         schedule: the learning rate as a function of the number of steps taken.
         optimizer: the Optax transformation.
         mesh: the devices that share the work; None for a single one.
+        source: the parameters, by layer, that this run takes from a trained one; None if it takes
+            none, or has begun already.
     """
 
     config: ConfigDict
@@ -84,6 +88,7 @@ class Run:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     mesh: Mesh | None = None
+    source: Any = None
 
     @functools.cached_property
     def key(self) -> Array:
@@ -193,12 +198,28 @@ def make_run(
         gradient_clipping=config.gradient_clipping,
     )
     model = build_model(config, dataset.info).clone(native=True)
+    layers = abstract_params(model, dataset.info.image_shape)
+    optimizer = freeze(optimizer, frozen_layers(layers, config.freeze))
     # Decoding may take a while, so it comes after everything that may be wrong with the config.
     if splits is None:
         wanted = {name: data[f"{name}_split"] for name in SPLITS}
         _warn_of_shared_examples(dataset, wanted)
         splits = decode_splits(dataset, wanted)
     return Run(config, workdir, splits, dataset.info, model, schedule, optimizer, mesh)
+
+
+def with_source(run: Run) -> Run:
+    """Reads the trained run that a run starts from, if it does; one that has begun does not.
+
+    Raises:
+        UserError: if it cannot be read, or nothing of it fits.
+    """
+    if run.config.init_from is None or steps_taken(run.workdir):
+        return run
+    source = trained_params(run.config.init_from)
+    layers = abstract_params(run.model, run.info.image_shape)
+    taken = fitting_layers(layers, source, run.config.init_from)
+    return dataclasses.replace(run, source={layer: source[layer] for layer in taken})
 
 
 def _warn_of_shared_examples(dataset: Dataset, wanted: dict[str, str]) -> None:
@@ -276,4 +297,12 @@ def first_state(run: Run) -> RunState:
     # Every device computes the same initial parameters, so none has to send them.
     init = jax.jit(on_each(run.init, run.mesh, (REPLICATED,)))
     state = init(replicate(named_key(run.key, "init"), run.mesh))
+    if run.source is not None:
+        params, source = state.params | run.source, run.config.init_from
+        new = [layer for layer in params if layer not in run.source]
+        words = f"Starting from {source}, with its layers {', '.join(run.source)}"
+        logger.info("%s; new: %s.", words, ", ".join(new) or "none")
+        # The optimizer's state does not depend on the parameters' values.
+        average = None if state.average is None else jax.tree.map(jnp.copy, params)
+        state = replicate(state._replace(params=params, average=average), run.mesh)
     return RunState(state, replicate(StepSums.zero(), run.mesh), 0.0, [])

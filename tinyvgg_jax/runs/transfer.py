@@ -1,0 +1,79 @@
+"""Starting from a trained run: its parameters where they fit, new ones elsewhere."""
+
+import re
+from typing import Any
+
+import jax
+
+from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.runs.restore import restore
+
+
+def trained_params(source: str) -> Any:
+    """Restores the parameters that a run starts from.
+
+    Args:
+        source: a run's folder, or `FOLDER:STEP` with a step as in `restore`; without one, the best
+            by validation accuracy.
+
+    Returns:
+        Tree of arrays.
+
+    Raises:
+        UserError: if there is no such run or checkpoint, or it is damaged.
+    """
+    folder, step = source, "best"
+    # A folder's own name may end like that.
+    if not local_path(source).exists() and (found := re.fullmatch(r"(.+):(\w+)", source)):
+        folder, step = found[1], found[2]
+    try:
+        return restore(folder, int(step) if step.isdecimal() else step)[1]
+    except UserError as error:
+        raise UserError(f"config.init_from: {error}") from error
+
+
+def fitting_layers(params: Any, source: Any, name: str) -> list[str]:
+    """Lists the layers that a run takes from a trained network.
+
+    Args:
+        params: tree of the run's arrays, or of their shapes.
+        source: tree of the trained network's arrays.
+        name: names the trained network, for the message.
+
+    Returns:
+        The layers whose arrays all have the same paths and shapes.
+
+    Raises:
+        UserError: if there is none.
+    """
+    shapes, theirs = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, source))
+    taken = [layer for layer in params if shapes[layer] == theirs.get(layer)]
+    if not taken:
+        raise UserError(
+            f"config.init_from: {name} is another network in every layer, so nothing of it fits."
+        )
+    return taken
+
+
+def frozen_layers(params: Any, names: tuple[str, ...]) -> set[str]:
+    """Finds the layers that are to stay as they are.
+
+    Args:
+        params: tree of parameters, whose first keys are the layers' names.
+        names: layers, like "conv1_2" or "dense", or blocks of them, like "conv1".
+
+    Raises:
+        UserError: if a name is unknown, or no layer is left to be trained.
+    """
+    frozen: set[str] = set()
+    for name in names:
+        found = {layer for layer in params if layer == name or layer.startswith(f"{name}_")}
+        if not found:
+            raise UserError(
+                f"config.freeze names {name!r}; the layers are {', '.join(sorted(params))}."
+            )
+        frozen |= found
+    if frozen == set(params):
+        raise UserError("config.freeze leaves no layer to be trained.")
+    return frozen
