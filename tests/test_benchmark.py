@@ -87,6 +87,27 @@ def test_the_share_of_a_matrix_product_is_of_rates() -> None:
     assert entry["share_of_matmul"] == pytest.approx(flops / 2 / (2 * 2048**3))
 
 
+def test_scaling_is_the_median_of_the_rounds() -> None:
+    one, two = (
+        Result(name, False, seconds=seconds, facts={"devices": devices, "platform": "gpu"})
+        for name, seconds, devices in (
+            ("1 device", [3.0, 4.0, 2.0], 1),
+            ("2 devices", [2.0, 2.0, 2.0], 2),
+        )
+    )
+    entry = _entry({"kind": "scale", "batch_size": 1}, [one, two])
+    assert entry["scaling"][1] == {"devices": 2, "speed_up": 1.5, "efficiency": 0.75}
+
+
+@pytest.mark.slow
+def test_it_measures_how_devices_scale(tmp_path: Path) -> None:
+    done = _run("--cases=scale", "--batch_sizes=4", "--rounds=1", "--seconds=0.05", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "  4 devices: " in done.stdout and "  1 device: " not in done.stdout
+    (case,) = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
+    assert [one["devices"] for one in case["scaling"]] == [1, 2, 4]
+
+
 def test_a_step_has_three_times_the_operations_of_a_forward_pass() -> None:
     # Multiplications of each layer on one image: size of its output times size of its kernel.
     first = 28 * 28 * 64 * 9

@@ -351,11 +351,11 @@ def _table(entry: dict[str, Any], results: list[Result]) -> str:
             f"  {entry['ratio']:.2f} times as fast as the best peer, {entry['best_peer']} "
             f"(rounds from {low:.2f} to {high:.2f})"
         )
-    for one in entry.get("scaling", []):
+    for one in entry.get("scaling", [])[1:]:
         line = f"  {one['devices']} devices: {one['speed_up']:.2f} times as fast as one"
         lines.append(f"{line}, efficiency {one['efficiency']:.0%}")
     if "scaling" in entry and results[0].facts.get("platform") == "cpu":
-        lines.append("  These devices share the cores of one CPU, so 1.00 times is the most.")
+        lines.append("  These devices share the cores of one CPU, so together they have no more.")
     if "share_of_matmul" in entry:
         step, rate = entry["step_flops"] / 1e9, entry["flops_per_second"] / 1e9
         product = entry["matmul_flops_per_second"] / 1e9
