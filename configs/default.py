@@ -72,13 +72,23 @@ def get_config() -> ConfigDict:
     config.data.name = "fashion_mnist"
     # The folder of tfds's datasets; None is the default of tfds, ~/tensorflow_datasets.
     config.data.data_dir = config_dict.placeholder(str)
-    # A folder with FashionMNIST's four IDX files, from which the dataset is prepared.
+    # What the dataset is prepared from: a folder with a subfolder of pictures for each class (or
+    # with train, validation and test, each with those), or with four IDX files like MNIST's.
     config.data.source_dir = config_dict.placeholder(str)
+    # How pictures become images, once: their side in pixels (28), 1 for grey (that is the default)
+    # or 3 for colour, and "crop" (the default) to cut out the middle, "pad" to keep all, or
+    # "garment" to cut out a garment like FashionMNIST's.
+    config.data.image_size = config_dict.placeholder(int)
+    config.data.channels = config_dict.placeholder(int)
+    config.data.fit = config_dict.placeholder(str)
     # "device" keeps the images in the device's memory and runs many steps in one call; "stream"
     # feeds batches from the host; "auto" takes "device" where the images fit. Both train on the
     # same batches in the same order.
     config.data.pipeline = "auto"
-    config.data.train_split = "train[:55000]"
-    config.data.validation_split = "train[55000:]"
-    config.data.test_split = "test"
+    # tfds's split specifications, like "train[:90%]". None is what suits the dataset: its own
+    # validation split, or the last tenth of train; for FashionMNIST "train[:55000]",
+    # "train[55000:]" and "test".
+    config.data.train_split = config_dict.placeholder(str)
+    config.data.validation_split = config_dict.placeholder(str)
+    config.data.test_split = config_dict.placeholder(str)
     return config

@@ -76,7 +76,7 @@ _WIDTHS = Check(
     "a tuple of whole numbers from 1 to 100,000",
 )
 _NOT_EMPTY = Check(bool, "the name of a dataset")
-_FOLDER = (str, type(None))
+_FOLDER = _OPTIONAL = (str, type(None))
 
 FIELDS: dict[str, Field] = {
     "seed": Field(
@@ -188,16 +188,43 @@ FIELDS: dict[str, Field] = {
     ),
     "data.name": Field(str, "the tfds dataset", (_NOT_EMPTY,)),
     "data.data_dir": Field(_FOLDER, "tfds's folder of datasets", affects_result=False),
-    "data.source_dir": Field(_FOLDER, "folder of IDX files to prepare from", affects_result=False),
+    "data.source_dir": Field(
+        _FOLDER, "folder of pictures or IDX files to prepare from", affects_result=False
+    ),
+    "data.image_size": Field(
+        (int, type(None)),
+        "side in pixels of images prepared from pictures, or None for 28",
+        (Check(lambda size: size is None or 8 <= size <= 1024, "None, or from 8 to 1024"),),
+        value_before=None,
+        affects_result=False,
+    ),
+    "data.channels": Field(
+        (int, type(None)),
+        "1 for grey or 3 for colour, or None for 1",
+        (Check(lambda number: number in (None, 1, 3), "None, 1 or 3"),),
+        value_before=None,
+        affects_result=False,
+    ),
+    "data.fit": Field(
+        (str, type(None)),
+        "how pictures get to that size, or None for crop",
+        (Check(lambda fit: fit in (None, "crop", "pad", "garment"), "crop, pad or garment"),),
+        value_before=None,
+        affects_result=False,
+    ),
     "data.pipeline": Field(
         str,
         "where the images wait for their steps",
         (_one_of("auto", "device", "stream"),),
         affects_result=False,
     ),
-    "data.train_split": Field(str, "what is trained on"),
-    "data.validation_split": Field(str, "what is evaluated after every epoch"),
-    "data.test_split": Field(str, "what is evaluated at the end"),
+    "data.train_split": Field(_OPTIONAL, "what is trained on, or None for the dataset's own"),
+    "data.validation_split": Field(
+        _OPTIONAL, "what is evaluated after every epoch, or None for the dataset's own"
+    ),
+    "data.test_split": Field(
+        _OPTIONAL, "what is evaluated at the end, or None for the dataset's own"
+    ),
 }
 
 
@@ -241,6 +268,20 @@ def validated(config: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     return result.lock()
 
 
+def with_splits(config: ConfigDict, splits: Mapping[str, str]) -> ConfigDict:
+    """Copies a validated config, with a dataset's own splits where it names none.
+
+    Args:
+        config: the config.
+        splits: tfds specifications of train, validation and test.
+    """
+    result = ConfigDict(config.to_dict())
+    for name, specification in splits.items():
+        if result.data[f"{name}_split"] is None:
+            result.data[f"{name}_split"] = specification
+    return result.lock()
+
+
 def suggestion(word: str, known: Any) -> str:
     """Ends a sentence with `; did you mean 'x'?`, the nearest known word, or a full stop."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -273,7 +314,7 @@ def _of_type(name: str, value: Any, kind: Any) -> Any:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
-    if kind == _FOLDER and value in ("None", ""):
+    if kind == _OPTIONAL and value in ("None", ""):
         # This is how None is said on a command line.
         value = None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

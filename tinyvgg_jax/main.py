@@ -322,9 +322,11 @@ def _train(_: list[str]) -> int:
 
 
 def _prepare(_: list[str]) -> int:
-    data = _config().data
+    config = _config()
     from tinyvgg_jax.data import SPLITS, load_splits
+    from tinyvgg_jax.runs.run import find_data
 
+    data = find_data(config).data
     wanted = {name: data[f"{name}_split"] for name in SPLITS}
     splits, info = load_splits(data.name, wanted, data.data_dir, data.source_dir)
     for name, split in splits.items():

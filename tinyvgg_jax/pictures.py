@@ -20,6 +20,7 @@ from tinyvgg_jax.paths import local_path, open_regular
 logger = logging.getLogger(__name__)
 
 INVERT = ("auto", "yes", "no")
+FITS = ("garment", "crop", "pad")
 # Formats that Pillow lists but does not decode itself. It reads only the header of the first four,
 # leaves WMF to Windows, and would run Ghostscript, a program, for EPS, also for one within IPTC.
 _UNREAD = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "IPTC"}
@@ -139,6 +140,18 @@ def find_files(path: Path) -> tuple[list[Path], list[UserError]]:
     return pictures, errors
 
 
+def list_pictures(folder: Path) -> list[Path]:
+    """Lists the pictures in a folder and its subfolders by their suffixes, sorted.
+
+    Raises:
+        UserError: if a folder cannot be read.
+    """
+    files, errors = _walk(folder)
+    if errors:
+        raise errors[0]
+    return [file for file in files if _is_picture(file)]
+
+
 def _is_picture(file: Path) -> bool:
     return file.suffix.lower() in suffixes()
 
@@ -186,8 +199,9 @@ def load_picture(
     image_shape: tuple[int, int, int] = (28, 28, 1),
     invert: str = "auto",
     reserve: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+    fit: str = "garment",
 ) -> Picture:
-    """Reads a picture file and normalises it for the network by `normalise`.
+    """Reads a picture file and normalises it for the network by `normalise`, or only resizes it.
 
     It applies the orientation that a camera recorded, takes the first frame of an animation, and
     puts a picture with transparent pixels on white or black, whichever contrasts with the rest.
@@ -200,6 +214,8 @@ def load_picture(
         reserve: takes the number of bytes that decoding may need, and returns a context that is
             open while they are needed. It may wait, like that of `system.MemoryBudget`, for
             pictures that other threads decode.
+        fit: "garment" for `normalise`; "crop" to cut out the middle, or "pad" to keep all of the
+            picture and fill the rest with the colour of its border, both without inversion.
 
     Returns:
         The picture.
@@ -221,6 +237,11 @@ def load_picture(
     except Exception as error:  # For a damaged file a decoder may raise any exception.
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image: {reason}.") from error
+    if fit == "crop":
+        return Picture(_crop(pixels, image_shape), False)
+    if fit == "pad":
+        ground = np.median(_border(pixels), axis=0) if background is None else background
+        return Picture(_fit(pixels, image_shape, ground), False)
     try:
         return normalise(pixels, image_shape, invert, background)
     except ValueError as error:
@@ -446,6 +467,17 @@ def _span(shares: np.ndarray) -> slice:
     """
     busy = np.flatnonzero(shares > min(0.01, shares.max() / 2))
     return slice(int(busy[0]), int(busy[-1]) + 1)
+
+
+def _crop(pixels: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Cuts out the middle, of the shape of the network's images, and resizes it."""
+    (h, w), (H, W, C) = pixels.shape[:2], image_shape
+    scale = min(h / H, w / W)
+    new_h, new_w = max(1, round(H * scale)), max(1, round(W * scale))
+    top, left = (h - new_h) // 2, (w - new_w) // 2
+    middle = pixels[top : top + new_h, left : left + new_w]
+    source = Image.fromarray(middle[..., 0] if C == 1 else middle)
+    return np.asarray(source.resize((W, H), Image.Resampling.LANCZOS)).reshape(image_shape)
 
 
 def _fit(

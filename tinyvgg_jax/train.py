@@ -34,6 +34,7 @@ from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.run import (
     Run,
     RunState,
+    find_data,
     first_state,
     make_run,
     restore_state,
@@ -89,6 +90,7 @@ def train_and_evaluate(
         jax.numpy_rank_promotion("allow"),
     ):
         require_same_config(config)
+        config = processes.first_then_others(lambda: find_data(config))
         if config.num_seeds > 1:
             return train_seeds(config, workdir)
         return train_together({workdir: config}, Command(workdir, {workdir: ""}))[0]

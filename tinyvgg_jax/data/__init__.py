@@ -14,7 +14,9 @@ from tinyvgg_jax.data.dataset import (
     default_data_dir,
     find_dataset,
     is_prepared,
+    require_same_source,
 )
+from tinyvgg_jax.data.folder import Options
 from tinyvgg_jax.data.splits import Split, decode_splits, load_splits
 
 # The splits of every run; the config specifies each in the field `data.NAME_split`.
@@ -25,6 +27,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "DatasetInfo",
+    "Options",
     "Split",
     "decode_splits",
     "default_data_dir",
@@ -35,5 +38,6 @@ __all__ = [
     "load_splits",
     "on_device",
     "padded_batches",
+    "require_same_source",
     "stream",
 ]

@@ -1,6 +1,7 @@
 """A prepared tfds dataset: where it lies, its properties, and the ranges that a split means."""
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyvgg_jax.data.folder import DEFAULTS, Options
 from tinyvgg_jax.errors import UserError, first_line
 from tinyvgg_jax.paths import local_path
 
@@ -97,6 +99,20 @@ class Dataset:
             raise UserError(f"the split {specification!r} of {self.name} is empty.")
         return ranges
 
+    def default_splits(self) -> dict[str, str]:
+        """Returns the specifications of train, validation and test that this dataset suggests.
+
+        FashionMNIST's validation split is its last 5,000 training examples. A dataset with a
+        validation split has its own; another keeps back the last tenth of train.
+        """
+        from tinyvgg_jax.data import prepare
+
+        if self.name == prepare.NAME:
+            return dict(prepare.SPLITS)
+        if "validation" in self.sizes:
+            return {"train": "train", "validation": "validation", "test": "test"}
+        return {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
+
     def num_examples(self, specification: str) -> int:
         """Counts the examples of a split specification; raises as `ranges` does."""
         return sum(part.size for part in self.ranges(specification))
@@ -125,13 +141,20 @@ def default_data_dir() -> str:
     return os.fspath(tfds.core.constants.DATA_DIR)
 
 
-def find_dataset(name: str, data_dir: str | None = None, source_dir: str | None = None) -> Dataset:
-    """Finds a prepared dataset; prepares FashionMNIST first if it is not prepared yet.
+def find_dataset(
+    name: str,
+    data_dir: str | None = None,
+    source_dir: str | None = None,
+    options: Options = DEFAULTS,
+) -> Dataset:
+    """Finds a prepared dataset; one that is not, and that has a source, is prepared first.
 
     Args:
-        name: name of the tfds dataset: "fashion_mnist", or one prepared as array_record.
+        name: name of the tfds dataset: "fashion_mnist", one prepared as array_record, or the name
+            that what is in `source_dir` gets.
         data_dir: tfds's folder of datasets; None for its default, `~/tensorflow_datasets`.
-        source_dir: a folder with IDX files to prepare FashionMNIST from; None fetches them.
+        source_dir: a folder with pictures or IDX files to prepare from; None fetches FashionMNIST.
+        options: how pictures become images of one size.
 
     Returns:
         The dataset.
@@ -141,7 +164,7 @@ def find_dataset(name: str, data_dir: str | None = None, source_dir: str | None 
             class each.
     """
     folder = _data_folder(data_dir)
-    builder = _builder(name, folder) or _prepared(name, folder, source_dir)
+    builder = _builder(name, folder) or _prepared(name, folder, source_dir, options)
     _require_array_record(builder)
     return Dataset(builder, _describe(builder))
 
@@ -206,17 +229,60 @@ def _require_files(folder: Path) -> None:
             raise _damaged(folder, f"{path} is no regular file")
 
 
-def _prepared(name: str, data_dir: Path, source_dir: str | None) -> Any:
-    """Prepares FashionMNIST and returns its builder; for other datasets there is only advice."""
+def require_same_source(
+    dataset: Dataset, source_dir: str | None, options: Options = DEFAULTS
+) -> None:
+    """Checks that a prepared dataset is what a source would make of it.
+
+    Raises:
+        UserError: if the dataset was prepared from other content, or as images of another shape.
+    """
     from tinyvgg_jax.data import prepare
 
-    if name != prepare.NAME:
-        raise UserError(f"there is no prepared dataset {name!r} in {data_dir}. {_advice(name)}.")
-    target = data_dir / prepare.NAME / prepare.DATASET_VERSION
+    H, _, C = dataset.info.image_shape
+    for name, wanted, have in (
+        ("image_size", options.image_size, H),
+        ("channels", options.channels, C),
+    ):
+        if wanted not in (None, have):
+            raise UserError(
+                f"config.data.{name} is {wanted}, and the {dataset.name} in {dataset.folder} has "
+                f"{have}. Leave it out, or pass another config.data.name."
+            )
+    path = dataset.folder / prepare.SOURCE
+    if source_dir is None or not path.exists():
+        return
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise dataset.damaged(f"{path.name}: {first_line(error)}") from error
+    source = local_path(source_dir).absolute()
+    if prepare.describe_source(source, options) != recorded:
+        raise UserError(
+            f"{dataset.folder} was prepared from other content, or with another config.data.fit, "
+            f"than {source} has now. Remove it to prepare it anew, or pass another "
+            "config.data.name or config.data.data_dir."
+        )
+
+
+def _prepared(name: str, data_dir: Path, source_dir: str | None, options: Options) -> Any:
+    """Prepares a dataset and returns its builder; without a source there may be only advice."""
+    from tinyvgg_jax.data import prepare
+
+    if name != prepare.NAME and source_dir is None:
+        raise UserError(
+            f"there is no prepared dataset {name!r} in {data_dir}. Pass "
+            f"--config.data.source_dir=FOLDER with pictures or IDX files. Or: {_advice(name)}."
+        )
+    target = data_dir / name / prepare.DATASET_VERSION
     # If it is there, it was not readable, or another process has just prepared it.
     if not target.exists():
         source = local_path(source_dir).absolute() if source_dir else None
-        prepare.prepare_fashion_mnist(data_dir, source)
+        if name == prepare.NAME:
+            prepare.prepare_fashion_mnist(data_dir, source)
+        else:
+            assert source is not None
+            prepare.prepare_own(name, data_dir, source, options)
     builder = _builder(name, data_dir)
     if builder is None:
         raise UserError(

@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import logging
+import re
 import zlib
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import numpy as np
 
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.paths import open_regular
+
+logger = logging.getLogger(__name__)
 
 # SHA-256 of FashionMNIST's files, decompressed, because each distributor compresses them anew.
 FASHION_MNIST_SHA256 = {
@@ -20,14 +24,33 @@ FASHION_MNIST_SHA256 = {
 FILE_NAMES = tuple(FASHION_MNIST_SHA256)
 _PREFIXES = {"train": "train", "test": "t10k"}
 _NUM_CLASSES = 10
+# Names of classes, one a line, beside the four files.
+_CLASSES = "classes.txt"
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """Finds the file `name.gz` or `name` in a folder; None if there is neither."""
+    """Finds one of the four files in a folder; None if it is not there.
+
+    Args:
+        folder: the folder.
+        name: the file's name as MNIST has it. It may end in `.gz`, have a dot before "idx", and
+            begin with the name of a dataset, as in `emnist-letters-test-images-idx3-ubyte.gz`.
+    """
     for candidate in (folder / f"{name}.gz", folder / name):
         if candidate.is_file():
             return candidate
-    return None
+    prefix, kind, rank, _ = name.split("-")
+    split = "(t10k|test)" if prefix == "t10k" else prefix
+    pattern = re.compile(rf"(.*-)?{split}-{kind}[.-]{rank}-ubyte(\.gz)?")
+    if not folder.is_dir():
+        return None
+    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    return found[0] if found and found[0].is_file() else None
+
+
+def is_idx_folder(folder: Path) -> bool:
+    """Tells whether a folder holds any of the four files."""
+    return any(find(folder, name) for name in FILE_NAMES)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -75,18 +98,21 @@ def read(path: Path, rank: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def read_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_folder(
+    folder: Path, num_classes: int = _NUM_CLASSES
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads and checks the four files of MNIST or a dataset of the same layout.
 
     Args:
-        folder: holds `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, gzipped or not.
+        folder: holds `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, see `find`.
+        num_classes: number of classes.
 
     Returns:
         Images `[N, H, W]` uint8 and labels `[N]` uint8, for each of "train" and "test".
 
     Raises:
         UserError: if a file is missing or damaged, if the numbers of images and labels differ, if
-            the images of the two splits differ in shape, or if a label is not in 0 to 9.
+            the images of the two splits differ in shape, or if a label has no class.
     """
     splits = {}
     for split, prefix in _PREFIXES.items():
@@ -100,12 +126,60 @@ def read_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         )
         if len(images) != len(labels):
             raise UserError(f"{folder}: {len(images)} {split} images, {len(labels)} labels.")
-        if not len(labels) or labels.max() >= _NUM_CLASSES:
-            raise UserError(f"{folder}: the {split} labels are not all in 0 to {_NUM_CLASSES - 1}.")
+        if not len(labels) or labels.max() >= num_classes:
+            raise UserError(f"{folder}: the {split} labels are not all in 0 to {num_classes - 1}.")
         splits[split] = (images, labels)
     if splits["train"][0].shape[1:] != splits["test"][0].shape[1:]:
         raise UserError(f"{folder}: the train and test images differ in size.")
     return splits
+
+
+def read_any(folder: Path) -> tuple[tuple[str, ...], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Reads IDX files of classes that are not known beforehand.
+
+    Labels that begin at 1, as those of EMNIST's letters do, are counted from 0, which is logged.
+
+    Args:
+        folder: holds the four files, and perhaps the classes' names in `classes.txt`, a line each.
+
+    Returns:
+        The names of the classes, which are their labels in the files if nothing names them; and
+        what `read_folder` returns.
+
+    Raises:
+        UserError: as `read_folder`; or if `classes.txt` does not name every class once.
+    """
+    arrays = read_folder(folder, 256)
+    lowest, highest = (
+        int(pick([pick(labels) for _, labels in arrays.values()])) for pick in (min, max)
+    )
+    shift = 1 if lowest == 1 else 0
+    if shift:
+        logger.info("The labels in %s begin at 1; they are counted from 0.", folder)
+        arrays = {split: (images, labels - 1) for split, (images, labels) in arrays.items()}
+    count, path = highest + 1 - shift, folder / _CLASSES
+    names = tuple(str(label) for label in range(shift, highest + 1))
+    if path.exists():
+        try:
+            with open_regular(path) as file:
+                lines = file.read().decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read ({error}).") from error
+        names = tuple(line.strip() for line in lines if line.strip())
+        if not len(names) == len(set(names)) >= count:
+            raise UserError(f"{path} has {len(set(names))} names, and the labels {count} classes.")
+    if len(names) < 2:
+        raise UserError(f"{folder} holds images of one class only.")
+    return names, arrays
+
+
+def content_sha256(folder: Path) -> str:
+    """Computes a SHA-256 of the content of the four files, decompressed."""
+    sha = hashlib.sha256()
+    for name in FILE_NAMES:
+        path = find(folder, name)
+        sha.update(hashlib.sha256(_read_bytes(path)).digest() if path else b"")
+    return sha.hexdigest()
 
 
 def unlike_fashion_mnist(folder: Path) -> list[str]:

@@ -1,12 +1,14 @@
-"""Writing FashionMNIST as a tfds dataset (array_record), without TensorFlow and in one step."""
+"""Writing tfds datasets (array_record), without TensorFlow and in one step."""
 
 import contextlib
 import io
+import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tinyvgg_jax.data import fetch, idx
+from tinyvgg_jax.data.folder import Options, Rows, fingerprint, read_folder
 from tinyvgg_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +39,13 @@ CLASS_NAMES = (
     "Ankle boot",
 )
 
+# The specifications of its splits, the paper's.
+SPLITS = {"train": "train[:55000]", "validation": "train[55000:]", "test": "test"}
+# Beside the dataset's files: what it was prepared from.
+SOURCE = "source.json"
+
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
+Examples = Mapping[str, tuple[Rows | np.ndarray, np.ndarray]]
 
 
 def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
@@ -50,15 +59,7 @@ def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
         UserError: if the files are damaged or cannot be fetched, or if `data_dir` cannot be
             written to.
     """
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{NAME}.", dir=data_dir))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {data_dir} ({error.strerror}); "
-            "pass another folder as --config.data.data_dir."
-        ) from error
-    try:
+    with _scratch(NAME, data_dir) as scratch:
         # The user's own files need not be FashionMNIST's, but fetched ones must be.
         folder = source_dir or fetch.fetch_fashion_mnist(scratch)
         arrays = idx.read_folder(folder)
@@ -71,32 +72,98 @@ def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
         if unlike:
             logger.warning("The IDX files in %s are not FashionMNIST's; used as they are.", folder)
         logger.info("Preparing %s in %s ...", NAME, data_dir)
-        write_dataset(arrays, NAME, CLASS_NAMES, scratch, data_dir)
+        source = {"content": idx.content_sha256(folder)}
+        write_dataset(arrays, NAME, CLASS_NAMES, scratch, data_dir, source)
+
+
+def prepare_own(name: str, data_dir: Path, source_dir: Path, options: Options) -> None:
+    """Writes `data_dir/NAME/VERSION` from a folder of pictures, or of IDX files.
+
+    Args:
+        name: name of the dataset.
+        data_dir: tfds's folder of datasets; made if it does not exist.
+        source_dir: see `folder.read_folder` and `idx.read_any`.
+        options: how pictures become images of one size; IDX files have their own.
+
+    Raises:
+        UserError: if the folder is not right, or `data_dir` cannot be written to.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(
+            f"config.data.name must be small letters, digits and _ to name a new dataset, not "
+            f"{name!r}."
+        )
+    with _scratch(name, data_dir) as scratch:
+        examples: Examples
+        if idx.is_idx_folder(source_dir):
+            class_names, examples = idx.read_any(source_dir)
+        else:
+            class_names, examples = read_folder(source_dir, options, scratch)
+        sizes = ", ".join(f"{len(labels):,} {split}" for split, (_, labels) in examples.items())
+        logger.info(
+            "Preparing %s in %s: %d classes, %s ...", name, data_dir, len(class_names), sizes
+        )
+        source = describe_source(source_dir, options)
+        write_dataset(examples, name, class_names, scratch, data_dir, source)
+
+
+def describe_source(source_dir: Path, options: Options) -> dict[str, Any]:
+    """Describes what a dataset is prepared from, so that another source is recognised.
+
+    Returns:
+        `content`, a hash, and for pictures `fit`; JSON-serialisable.
+    """
+    if idx.is_idx_folder(source_dir):
+        return {"content": idx.content_sha256(source_dir)}
+    return {"content": fingerprint(source_dir), "fit": options.fit or "crop"}
+
+
+@contextlib.contextmanager
+def _scratch(name: str, data_dir: Path) -> Iterator[Path]:
+    """Provides a scratch folder in `data_dir`, and says what failed in one line."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=data_dir))
     except OSError as error:
-        raise UserError(f"cannot prepare {NAME} in {data_dir}: {error}") from error
+        raise UserError(
+            f"cannot write to {data_dir} ({error.strerror}); "
+            "pass another folder as --config.data.data_dir."
+        ) from error
+    try:
+        yield scratch
+    except OSError as error:
+        raise UserError(f"cannot prepare {name} in {data_dir}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_dataset(
-    arrays: Arrays, name: str, class_names: tuple[str, ...], scratch: Path, data_dir: Path
+    examples: Examples,
+    name: str,
+    class_names: tuple[str, ...],
+    scratch: Path,
+    data_dir: Path,
+    source: dict[str, Any] | None = None,
 ) -> None:
-    """Writes arrays as a tfds dataset.
+    """Writes examples as a tfds dataset.
 
     It is built in `scratch` and moved into place in one step, so that no process ever sees a part
     of it.
 
     Args:
-        arrays: images `[N, H, W]` or `[N, H, W, C]` uint8 and labels `[N]` for each split.
+        examples: images `[N, H, W]` or `[N, H, W, C]` uint8 and labels `[N]` for each split.
         name: name of the dataset.
         class_names: names of the classes, in the order of their labels.
         scratch: a folder on the file system of `data_dir`.
         data_dir: receives `name/VERSION`. If another process has written that first, it stays.
+        source: what is kept of the source, JSON-serialisable; None for nothing.
     """
-    builder = _builder(arrays, name, class_names, scratch / "prepared")
+    builder = _builder(examples, name, class_names, scratch / "prepared")
     with _quiet():
         builder.download_and_prepare(file_format="array_record")
     built = Path(builder.data_path)
+    if source is not None:
+        (built / SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
     target = data_dir / name / built.name
     target.parent.mkdir(exist_ok=True)
     try:
@@ -107,10 +174,10 @@ def write_dataset(
 
 
 def _builder(
-    arrays: Arrays, name: str, class_names: tuple[str, ...], data_dir: Path
+    examples: Examples, name: str, class_names: tuple[str, ...], data_dir: Path
 ) -> tfds.core.DatasetBuilder:
     """Makes a tfds builder with the name, version and features of tfds's own, fed from arrays."""
-    shape = next(iter(arrays.values()))[0].shape[1:]
+    shape = next(iter(examples.values()))[0].shape[1:]
     shape = shape if len(shape) == 3 else (*shape, 1)
 
     class Info(tfds.core.DatasetInfo):
@@ -139,10 +206,10 @@ def _builder(
                 )
 
             def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-                return {split: self._generate_examples(split) for split in arrays}
+                return {split: self._generate_examples(split) for split in examples}
 
             def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-                for i, (image, label) in enumerate(zip(*arrays[split], strict=True)):
+                for i, (image, label) in enumerate(zip(*examples[split], strict=True)):
                     png = io.BytesIO()
                     Image.fromarray(image.squeeze()).save(png, "png", compress_level=1)
                     png.seek(0)

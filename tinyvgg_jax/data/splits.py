@@ -1,5 +1,6 @@
 """Splits of a dataset as uint8 arrays, decoded once on each machine and then memory-mapped."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from tinyvgg_jax import cache
 from tinyvgg_jax.data.dataset import Dataset, DatasetInfo, Range, find_dataset
+from tinyvgg_jax.data.folder import DEFAULTS, Options
 from tinyvgg_jax.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -52,15 +54,20 @@ class Split:
 
 
 def load_splits(
-    name: str, splits: dict[str, str], data_dir: str | None = None, source_dir: str | None = None
+    name: str,
+    splits: dict[str, str],
+    data_dir: str | None = None,
+    source_dir: str | None = None,
+    options: Options = DEFAULTS,
 ) -> tuple[dict[str, Split], DatasetInfo]:
-    """Loads splits of a dataset; prepares FashionMNIST first if it is not prepared yet.
+    """Loads splits of a dataset; one that is not prepared and that has a source is prepared first.
 
     Args:
         name: as in `find_dataset`.
         splits: tfds split specifications by name, like `{"validation": "train[55000:]"}`.
         data_dir: as in `find_dataset`.
         source_dir: as in `find_dataset`.
+        options: as in `find_dataset`.
 
     Returns:
         The splits by the same names, and the properties of the dataset.
@@ -68,7 +75,7 @@ def load_splits(
     Raises:
         UserError: as `find_dataset` and `decode_splits`.
     """
-    dataset = find_dataset(name, data_dir, source_dir)
+    dataset = find_dataset(name, data_dir, source_dir, options)
     return decode_splits(dataset, splits), dataset.info
 
 
@@ -202,12 +209,39 @@ def _source(dataset: Dataset, split: str) -> Any:
 
 
 def _batches(size: int, title: str) -> Iterator[range]:
-    """Yields the indices of all examples, some at a time, and shows on standard error how many.
+    """Yields the indices of all examples, some at a time, and shows on standard error how many."""
+    with progress(size, title) as advance:
+        for first in range(0, size, _DECODE_BATCH):
+            indices = range(first, min(first + _DECODE_BATCH, size))
+            yield indices
+            advance(len(indices))
 
-    There is a bar on a terminal, and a line a minute elsewhere.
+
+@contextlib.contextmanager
+def progress(size: int, title: str) -> Iterator[Callable[[int], None]]:
+    """Shows on standard error how much is done: a bar on a terminal, a line a minute elsewhere.
+
+    Args:
+        size: number of images.
+        title: names what is done.
+
+    Yields:
+        A function that is to be called with a number of images that have just been done.
     """
     start = last_line = time.monotonic()
-    on_terminal = sys.stderr.isatty()
+    on_terminal, done = sys.stderr.isatty(), 0
+
+    def advance(count: int) -> None:
+        nonlocal done, last_line
+        done += count
+        bar.update(count)
+        now = time.monotonic()
+        if not on_terminal and now - last_line >= _LINE_SECONDS:
+            last_line = now
+            left = (now - start) * (size - done) / done
+            line = f"{title}: {done:,}/{size:,} images, {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+
     with tqdm(
         desc=title,
         total=size,
@@ -217,16 +251,4 @@ def _batches(size: int, title: str) -> Iterator[range]:
         disable=not on_terminal,
         leave=False,
     ) as bar:
-        for first in range(0, size, _DECODE_BATCH):
-            indices = range(first, min(first + _DECODE_BATCH, size))
-            yield indices
-            bar.update(len(indices))
-            now = time.monotonic()
-            if not on_terminal and now - last_line >= _LINE_SECONDS:
-                last_line = now
-                left = (now - start) * (size - indices.stop) / indices.stop
-                print(
-                    f"{title}: {indices.stop:,}/{size:,} images, {left:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        yield advance

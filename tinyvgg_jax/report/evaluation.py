@@ -29,6 +29,7 @@ from tinyvgg_jax.runs import seeds
 from tinyvgg_jax.runs.files import subfolder, write_json
 from tinyvgg_jax.runs.folder import read_config, read_dataset
 from tinyvgg_jax.runs.restore import restore_checkpoint, single_run_config
+from tinyvgg_jax.runs.run import options_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,9 @@ def load_run_splits(
         UserError: as `load_splits`.
     """
     wanted = {split: config.data[f"{split}_split"] for split in splits}
-    return load_splits(config.data.name, wanted, *_folders_here(config, folders))
+    return load_splits(
+        config.data.name, wanted, *_folders_here(config, folders), options_of(config)
+    )
 
 
 def evaluate_checkpoint(

@@ -14,13 +14,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinyvgg_jax.augment import augment
+from tinyvgg_jax.config import with_splits
 from tinyvgg_jax.data import (
     SPLITS,
     Dataset,
     DatasetInfo,
+    Options,
     Split,
     decode_splits,
+    default_data_dir,
     find_dataset,
+    is_prepared,
+    require_same_source,
 )
 from tinyvgg_jax.devices import (
     REPLICATED,
@@ -149,6 +154,34 @@ class Run:
         return init_state(self.model, self.optimizer, key, self.info.image_shape, average)
 
 
+def options_of(config: ConfigDict) -> Options:
+    """Returns how a config's pictures become images."""
+    return Options(config.data.image_size, config.data.channels, config.data.fit)
+
+
+def find_data(config: ConfigDict) -> ConfigDict:
+    """Finds, or prepares, the dataset of a config, and completes its splits.
+
+    A source that is not read, because the dataset is prepared already, is named in one line.
+
+    Raises:
+        UserError: if it cannot be found, or was prepared from something else.
+    """
+    data, options = config.data, options_of(config)
+    was_prepared = is_prepared(data.name, data.data_dir or default_data_dir())
+    dataset = find_dataset(data.name, data.data_dir, data.source_dir, options)
+    if was_prepared:
+        require_same_source(dataset, data.source_dir, options)
+        if data.source_dir is not None:
+            logger.info(
+                "%s is prepared in %s already; %s is not read again.",
+                data.name,
+                dataset.folder,
+                data.source_dir,
+            )
+    return with_splits(config, dataset.default_splits())
+
+
 def make_run(
     config: ConfigDict,
     workdir: Path,
@@ -172,7 +205,9 @@ def make_run(
     """
     mesh = find_mesh(config.num_devices)
     data = config.data
-    dataset = find_dataset(data.name, data.data_dir, data.source_dir)
+    dataset = find_dataset(data.name, data.data_dir, data.source_dir, options_of(config))
+    config = with_splits(config, dataset.default_splits())
+    data = config.data
     size = dataset.num_examples(data.train_split)
     if config.batch_size > size:
         raise UserError(

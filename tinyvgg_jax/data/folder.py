@@ -1,0 +1,337 @@
+"""A folder of pictures as a dataset: its classes, its splits, and its pixels."""
+
+import collections
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.pictures import list_pictures, load_picture, quiet_pillow
+from tinyvgg_jax.system import MemoryBudget, available_memory
+
+logger = logging.getLogger(__name__)
+
+# Names of the folders of splits.
+_SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+# Shares of the pictures of each class, where no split is given.
+_TRAIN, _VALIDATION = 0.8, 0.1
+# Pictures that are decoded before they are asked for.
+_AHEAD = 256
+# Unreadable pictures that are named; the others are counted.
+_NAMED = 5
+
+
+class Options(NamedTuple):
+    """How pictures become images of one size; None is the default, 28, 1 and "crop".
+
+    Attributes:
+        image_size: height and width in pixels.
+        channels: 1 for grey or 3 for colour.
+        fit: "crop" cuts the middle out, "pad" keeps all and fills the rest with the colour of the
+            border, and "garment" is `pictures.normalise`.
+    """
+
+    image_size: int | None = None
+    channels: int | None = None
+    fit: str | None = None
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """Returns `(H, W, C)`."""
+        size = self.image_size or 28
+        return size, size, self.channels or 1
+
+
+DEFAULTS = Options()
+
+
+class Rows:
+    """Some of the images of a file, in an order of their own; read when they are asked for.
+
+    Attributes:
+        shape: `[N, H, W, C]`.
+    """
+
+    def __init__(self, images: np.ndarray, indices: np.ndarray):
+        """Chooses the images.
+
+        Args:
+            images: `[M, H, W, C]` uint8, memory-mapped.
+            indices: `[N]` int.
+        """
+        self._images, self._indices = images, indices
+        self.shape = (len(indices), *images.shape[1:])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (np.asarray(self._images[i]) for i in self._indices)
+
+
+class Content(NamedTuple):
+    """What a dataset is prepared from.
+
+    Attributes:
+        class_names: the names, in the order of the labels.
+        splits: for each split images `[N, H, W, C]` uint8 and labels `[N]`.
+    """
+
+    class_names: tuple[str, ...]
+    splits: dict[str, tuple[Rows, np.ndarray]]
+
+
+class _File(NamedTuple):
+    """A picture's file, its class, and the split whose folder holds it, "" without any."""
+
+    path: Path
+    class_name: str
+    split: str
+
+
+class _Decoded(NamedTuple):
+    """Pictures that could be read: their files, SHA-256, and rows in `images`."""
+
+    files: list[_File]
+    digests: list[str]
+    images: np.ndarray
+
+
+def read_folder(folder: Path, options: Options, scratch: Path) -> Content:
+    """Reads a folder that holds a subfolder of pictures for each class.
+
+    Or it holds `train`, `test` and perhaps `validation`, each with those. Where a split is missing,
+    each picture's content decides: 10 % of the pictures are for validation, 10 % for the test. So a
+    picture that is added later moves no other, and copies of a picture are on the same side.
+
+    Args:
+        folder: the folder.
+        options: size, colour and fit of the images.
+        scratch: a folder for the decoded images.
+
+    Returns:
+        The classes, sorted by name, and the splits.
+
+    Raises:
+        UserError: if it is no such folder, or a class has too few pictures that can be read.
+    """
+    files = _list(folder)
+    names = _class_names(folder, files)
+    decoded = _decode(files, options, scratch)
+    splits = _split(folder, decoded, names)
+    label_of = {name: label for label, name in enumerate(names)}
+    content = {}
+    for split, indices in splits.items():
+        labels = np.array([label_of[decoded.files[i].class_name] for i in indices], np.uint8)
+        content[split] = (Rows(decoded.images, np.array(indices)), labels)
+    return Content(names, content)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hashes the names and sizes of a folder's pictures, which is quick for a million, too.
+
+    Raises:
+        UserError: if the folder cannot be read.
+    """
+    sha = hashlib.sha256()
+    for file in _list(folder):
+        size = file.path.stat().st_size
+        sha.update(
+            f"{file.path.relative_to(folder).as_posix()}\0{size}\0".encode("utf-8", "replace")
+        )
+    return sha.hexdigest()
+
+
+def _list(folder: Path) -> list[_File]:
+    """Lists the pictures in the folders of classes."""
+    try:
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {(error.strerror or '').lower()}.") from error
+    shown = [path for path in subfolders if not path.name.startswith(".")]
+    given = {path: _SPLITS.get(path.name.lower(), "") for path in shown}
+    if shown and all(given.values()):
+        of_splits = [
+            (one, split) for path, split in given.items() for one in sorted(path.iterdir())
+        ]
+    else:
+        of_splits = [(path, "") for path in shown]
+    files = [
+        _File(picture, path.name, split)
+        for path, split in of_splits
+        if path.is_dir() and not path.name.startswith(".")
+        for picture in list_pictures(path)
+    ]
+    if not files:
+        raise UserError(
+            f"{folder} holds no pictures in folders: it needs a folder for each class, or train "
+            "and test with those."
+        )
+    return files
+
+
+def _class_names(folder: Path, files: list[_File]) -> tuple[str, ...]:
+    names = sorted({file.class_name for file in files})
+    if len(names) == 1:
+        raise UserError(f"{folder} holds pictures of one class only, {names[0]!r}.")
+    if len(names) > 256:
+        raise UserError(
+            f"{folder} has {len(names):,} folders of classes; at most 256 are possible."
+        )
+    by_lower = collections.defaultdict(list)
+    for name in names:
+        by_lower[name.strip().lower()].append(name)
+    for alike in by_lower.values():
+        if len(alike) > 1:
+            raise UserError(f"{folder} has classes whose names differ by case only: {alike}.")
+    return tuple(names)
+
+
+def _decode(files: list[_File], options: Options, scratch: Path) -> _Decoded:
+    """Decodes pictures into a file in `scratch`; those that cannot be read are named and left out.
+
+    Raises:
+        UserError: if none can be read.
+    """
+    from tinyvgg_jax.data.splits import progress
+
+    shape = options.image_shape()
+    images = np.lib.format.open_memmap(
+        scratch / "pictures.npy", "w+", np.uint8, (len(files), *shape)
+    )
+    good: list[_File] = []
+    digests: list[str] = []
+    errors: list[str] = []
+    with progress(len(files), "reading pictures") as advance:
+        for file, answer in zip(files, _read_all(files, options), strict=True):
+            advance(1)
+            if isinstance(answer, UserError):
+                errors.append(str(answer))
+                continue
+            digest, pixels = answer
+            images[len(good)] = pixels
+            good.append(file)
+            digests.append(digest)
+    for error in errors[:_NAMED]:
+        logger.warning("%s", error)
+    if errors:
+        logger.warning("%s of %s pictures cannot be read.", f"{len(errors):,}", f"{len(files):,}")
+    return _Decoded(good, digests, images)
+
+
+def _read_all(files: list[_File], options: Options) -> Iterator[tuple[str, np.ndarray] | UserError]:
+    """Reads pictures in threads, in order, a bounded number before they are asked for."""
+    budget = MemoryBudget(available_memory() // 4)
+    shape, fit = options.image_shape(), options.fit or "crop"
+
+    def read(file: _File) -> tuple[str, np.ndarray] | UserError:
+        try:
+            pixels = load_picture(file.path, shape, fit=fit, reserve=budget.take).pixels
+            return hashlib.sha256(file.path.read_bytes()).hexdigest(), pixels
+        except UserError as error:
+            # The error that was raised refers to the frames that it passed, and they to the pixels.
+            return UserError(str(error))
+        except OSError as error:
+            return UserError(f"{file.path}: cannot be read: {error.strerror}.")
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        with quiet_pillow():
+            waiting: collections.deque[Future[tuple[str, np.ndarray] | UserError]]
+            rest = iter(files)
+            waiting = collections.deque(
+                pool.submit(read, file) for file in itertools.islice(rest, _AHEAD)
+            )
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(read, file) for file in itertools.islice(rest, 1))
+    finally:
+        budget.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _split(folder: Path, decoded: _Decoded, names: tuple[str, ...]) -> dict[str, list[int]]:
+    """Divides pictures into splits.
+
+    Returns:
+        The rows of each split.
+
+    Raises:
+        UserError: if a class has too few pictures, or a split is missing that must be given.
+    """
+    given = {file.split for file in decoded.files} - {""}
+    if given and not {"train", "test"} <= given:
+        raise UserError(f"{folder} needs both train and test, or neither.")
+    rows = _without_copies(decoded)
+    splits: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for name in names:
+        own = [i for i in rows if decoded.files[i].class_name == name]
+        ours = [i for i in own if decoded.files[i].split in ("", "train")]
+        needed = 1 if given else 2
+        if len(ours) < needed:
+            raise UserError(
+                f"class {name!r} in {folder} has {len(ours)} picture{'s' * (len(ours) != 1)} to be "
+                f"trained on that can be read; at least {needed} are needed."
+            )
+        for i in own:
+            splits[decoded.files[i].split or "train"].append(i)
+        if not given:
+            _move(splits, decoded, ours, "test", 1 - _TRAIN - _VALIDATION, at_least=1)
+        if "validation" not in given:
+            share = _VALIDATION if given else _VALIDATION / (_TRAIN + _VALIDATION)
+            _move(splits, decoded, ours, "validation", share, at_least=0)
+    return {split: members for split, members in splits.items() if members}
+
+
+def _move(
+    splits: dict[str, list[int]],
+    decoded: _Decoded,
+    rows: list[int],
+    split: str,
+    share: float,
+    at_least: int,
+) -> None:
+    """Moves a share of a class's pictures from "train" to another split, by their content alone."""
+
+    def position(row: int) -> float:
+        # Another hash for each split, so that the shares do not depend on one another.
+        text = f"{split} {decoded.digests[row]}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+
+    train = set(splits["train"])
+    left = [row for row in rows if row in train]
+    ordered = sorted(left, key=position)
+    # The one that is first in the order goes if no other does; one stays to be trained on.
+    number = max(at_least, sum(position(row) < share for row in ordered))
+    moved = set(ordered[: min(number, len(left) - 1)])
+    splits["train"] = [row for row in splits["train"] if row not in moved]
+    splits[split] += sorted(moved)
+
+
+def _without_copies(decoded: _Decoded) -> list[int]:
+    """Leaves out copies of pictures in a class; the test's, then validation's, is the one kept."""
+    order = {"test": 0, "validation": 1, "train": 2, "": 2}
+    kept: dict[tuple[str, str], int] = {}
+    for i in sorted(range(len(decoded.files)), key=lambda i: order[decoded.files[i].split]):
+        kept.setdefault((decoded.digests[i], decoded.files[i].class_name), i)
+    # The same picture in another class must not be on another side either.
+    first: dict[str, int] = {}
+    for (digest, _), i in kept.items():
+        first.setdefault(digest, order[decoded.files[i].split])
+    kept = {k: i for k, i in kept.items() if order[decoded.files[i].split] == first[k[0]]}
+    copies = len(decoded.files) - len(kept)
+    if copies:
+        logger.warning("%s pictures are copies of others and are left out.", f"{copies:,}")
+    several = len(kept) - len({digest for digest, _ in kept})
+    if several:
+        logger.warning("%s pictures are in more than one class.", f"{several:,}")
+    return sorted(kept.values())
