@@ -1,4 +1,4 @@
-"""Datasets that are prepared from a folder: of pictures, or of IDX files other than FashionMNIST's."""
+"""Datasets that are prepared from a folder of pictures, or of IDX files of other classes."""
 
 import gzip
 import logging
@@ -98,7 +98,7 @@ def test_given_splits_are_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture
     # A picture of the test split that is also in train is only tested on.
     copied = (folder / "test" / "red" / "100.png").read_bytes()
     (folder / "train" / "red" / "copy.png").write_bytes(copied)
-    splits, _, dataset = load(folder, tmp_path / "tfds")
+    splits, _, _ = load(folder, tmp_path / "tfds")
     assert len(splits["test"]) == 27
     assert len(splits["train"]) + len(splits["validation"]) == 90
     assert 1 <= len(splits["validation"]) < 25
@@ -169,7 +169,7 @@ def test_folders_that_are_not_right_are_refused(tmp_path: Path) -> None:
         assert words in message and "\n" not in message, name
         assert not list((tmp_path / "tfds").iterdir()), name
     with pytest.raises(UserError, match="small letters"):
-        load(make_folder(tmp_path / "good", 3), tmp_path / "tfds", "My set")
+        load(make_folder(tmp_path / "good", 3), tmp_path / "tfds", "Own")
 
 
 def test_a_source_that_is_not_read_again_is_named(
@@ -189,7 +189,7 @@ def test_a_source_that_is_not_read_again_is_named(
     config.data.source_dir = config.data.channels = None
     find_data(validated(config))
     config.data.image_size = 32
-    with pytest.raises(UserError, match="image_size is 32, and the own in .* has 28"):
+    with pytest.raises(UserError, match=r"image_size is 32, and the own in .* has 28"):
         find_data(validated(config))
     config.data.image_size, config.data.source_dir = None, str(folder)
     paint(folder / "red" / "new.png", COLOURS["red"], 99, (20, 20))
