@@ -272,7 +272,7 @@ def refusals(fields: dict[str, Any], changes: dict[str, Any]) -> str:
             "--config.num_devices=3, or --config.batch_size=32.",
         ),
         ({"num_devices": 5}, "config.num_devices is 5, and JAX finds 4 devices here."),
-        ({"num_devices": 0}, "config.num_devices must be None, or at least 1, not 0."),
+        ({"num_devices": 0}, "config.num_devices must be at least 1, or left out for all, not 0."),
         ({"num_devices": 3}, ""),
     ],
 )

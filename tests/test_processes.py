@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, stored
+from conftest import CLASSES, ROOT, stored, synthetic_arrays
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import train_and_evaluate
+from tinyvgg_jax.data import prepare
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.processes import Stop, exchange, on_first, require_same, start, together
 from tinyvgg_jax.runs.restore import restore
@@ -122,6 +124,17 @@ def run(config: ConfigDict) -> ConfigDict:
     return config
 
 
+@pytest.fixture
+def other_data(tmp_path: Path) -> Path:
+    """A tfds folder with other images in `bars`."""
+    for name in ("scratch", "other"):
+        (tmp_path / name).mkdir()
+    prepare.write_dataset(
+        synthetic_arrays(1), "bars", CLASSES, tmp_path / "scratch", tmp_path / "other"
+    )
+    return tmp_path / "other"
+
+
 @pytest.mark.parametrize(
     ("devices", "pipeline"),
     [
@@ -211,6 +224,44 @@ def test_a_killed_process_ends_the_others_and_all_go_on_bit_for_bit(
     assert_equal(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_different_data_of_several_seeds_are_found(
+    run: ConfigDict, other_data: Path, tmp_path: Path
+) -> None:
+    argv = flags(run, tmp_path / "run", num_seeds=2)
+    argvs = [argv, [*argv, f"--config.data.data_dir={other_data}"]]
+    first, second = Group(tmp_path / "out", argvs).wait()
+    assert (first.status, second.status) == (2, 2)
+    assert "the processes have different data" in first.stderr
+
+
+@slow
+def test_a_damaged_checkpoint_is_moved_away_by_all(run: ConfigDict, tmp_path: Path) -> None:
+    argv = flags(run, tmp_path / "run", num_epochs=2)
+    assert [ended.status for ended in Group(tmp_path / "a", [argv, argv]).wait()] == [0, 0]
+    newest = max((tmp_path / "run" / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    (newest / "params" / "manifest.ocdbt").write_bytes(b"")
+    argv = flags(run, tmp_path / "run", num_epochs=3)
+    first, second = Group(tmp_path / "b", [argv, argv]).wait()
+    assert first.status == second.status == 0, first.stderr + second.stderr
+    assert "is damaged" in first.stderr and "Going on from step 10" in first.stderr
+    assert (tmp_path / "run" / "checkpoints.damaged" / newest.name).is_dir()
+    run.num_epochs = 3
+    train_and_evaluate(run, tmp_path / "whole")
+    assert_close(tmp_path / "run", tmp_path / "whole")
+
+
+@slow
+def test_signals_end_processes_that_find_each_other(run: ConfigDict, tmp_path: Path) -> None:
+    """And those that evaluate: the first's signal is not taken by JAX, for which nobody looks."""
+    argv = flags(run, tmp_path / "run")
+    connection = ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", "2"]
+    group = Group(tmp_path / "out", [[*argv, *connection, "--process_id", "0"]])
+    time.sleep(12)
+    group.processes[0].send_signal(signal.SIGINT)
+    (ended,) = group.wait(10)
+    assert ended.status in (130, -signal.SIGINT)
+
+
 @slow
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_signal_to_one_process_stops_all(run: ConfigDict, tmp_path: Path, who: int) -> None:
@@ -227,23 +278,14 @@ def test_a_signal_to_one_process_stops_all(run: ConfigDict, tmp_path: Path, who:
 
 
 def test_processes_with_different_configs_or_data_end_alike(
-    run: ConfigDict, data_dir: Path, tmp_path: Path
+    run: ConfigDict, other_data: Path, tmp_path: Path
 ) -> None:
     argv = flags(run, tmp_path / "run")
     first, second = Group(tmp_path / "a", [argv, [*argv, "--config.seed=7"]]).wait()
     words = "the processes have different configs: seed is 0 in process 0, and 7 in process 1."
     assert (first.status, second.status) == (2, 2)
     assert first.stderr == f"tinyvgg_jax: {words}\n" and second.stderr == ""
-    from conftest import CLASSES, synthetic_arrays
-
-    from tinyvgg_jax.data import prepare
-
-    for name in ("scratch", "other"):
-        (tmp_path / name).mkdir()
-    prepare.write_dataset(
-        synthetic_arrays(1), "bars", CLASSES, tmp_path / "scratch", tmp_path / "other"
-    )
-    other = [*argv, f"--config.data.data_dir={tmp_path / 'other'}"]
+    other = [*argv, f"--config.data.data_dir={other_data}"]
     first, second = Group(tmp_path / "b", [argv, other]).wait()
     assert (first.status, second.status) == (2, 2)
     assert "the processes have different data: train is" in first.stderr
@@ -258,7 +300,11 @@ def test_what_one_process_alone_finds_wrong_ends_all(run: ConfigDict, tmp_path: 
     first, second = Group(tmp_path / "a", [argv, nothing]).wait()
     assert (first.status, second.status) == (2, 2)
     assert first.stderr.startswith("tinyvgg_jax: process 1: ") and second.stderr == ""
-    elsewhere = flags(run, tmp_path / "elsewhere")
+    # A copy of the run is as good as the run, until they write.
+    assert Group(tmp_path / "one", [argv], 1).wait()[0].status == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere")
+    argv = flags(run, tmp_path / "run", num_epochs=5)
+    elsewhere = flags(run, tmp_path / "elsewhere", num_epochs=5)
     first, second = Group(tmp_path / "b", [argv, elsewhere]).wait()
     assert (first.status, second.status) == (2, 2)
     assert "a file system that they share" in first.stderr and second.stderr == ""
@@ -292,6 +338,10 @@ def never(message: str) -> None:
         (("localhost:1", None, None), "--num_processes and --process_id must be passed, too."),
         ((None, 2, 0), "--coordinator_address must be passed, too."),
         (("localhost", 2, 0), "--coordinator_address must be HOST:PORT, not 'localhost'."),
+        (
+            ("localhost:99999", 2, 0),
+            "--coordinator_address must be HOST:PORT, not 'localhost:99999'.",
+        ),
         (("localhost:1", 0, 0), "--num_processes must be at least 1, not 0."),
         (("localhost:1", 2, 2), "--process_id must be from 0 to 1, not 2."),
         (("localhost:1", 2, -1), "--process_id must be from 0 to 1, not -1."),
@@ -326,6 +376,20 @@ def test_a_single_process_connects_with_nobody(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     start(None, None, None, never)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} cannot be used here: address already"):
+            start(f"localhost:{port}", 2, 0, never)
+
+
+def test_an_unknown_host_is_named() -> None:
+    with pytest.raises(UserError, match=r"--coordinator_address nosuchhost\.invalid:5720: "):
+        start("nosuchhost.invalid:5720", 2, 1, never)
 
 
 def test_what_a_cluster_starts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,8 @@ FIELDS: dict[str, Field] = {
     "batch_size": Field(int, "images a step, over all devices", (_AT_LEAST_1, _AT_MOST_A_MILLION)),
     "num_devices": Field(
         (int, type(None)),
-        "devices that share the work, or None for all",
-        (Check(lambda value: value is None or value >= 1, "None, or at least 1"),),
+        "devices that share the work; all if left out",
+        (Check(lambda value: value is None or value >= 1, "at least 1, or left out for all"),),
         value_before=None,
         affects_result=False,
     ),

@@ -100,11 +100,13 @@ def require_even_batches(batch_size: int, mesh: Mesh | None) -> None:
     """
     count = num_devices(mesh)
     if batch_size % count:
-        fitting = max(n for n in range(1, count) if batch_size % n == 0)
+        # Processes must have the same number of devices.
+        numbers = range(jax.process_count(), count, jax.process_count())
+        fitting = max((n for n in numbers if batch_size % n == 0), default=None)
+        fewer = "" if fitting is None else f"--config.num_devices={fitting}, or "
         raise UserError(
             f"config.batch_size is {batch_size}, which {count} devices cannot share evenly. Pass "
-            f"--config.num_devices={fitting}, or --config.batch_size="
-            f"{max(1, round(batch_size / count)) * count}."
+            f"{fewer}--config.batch_size={max(1, round(batch_size / count)) * count}."
         )
 
 

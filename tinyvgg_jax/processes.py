@@ -9,8 +9,11 @@ import contextlib
 import json
 import os
 import re
+import signal
+import socket
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -34,7 +37,7 @@ _SILENCE_SECONDS = 30
 # Calls of a pipeline between two questions whether any process was asked to stop.
 _CALLS_PER_QUESTION = 16
 # Libraries' words for a process that is gone.
-_LOST = re.compile("gloo|nccl|coordination|heartbeat|connection|barrier|deadline", re.IGNORECASE)
+_LOST = re.compile("Gloo |NCCL|[Cc]oordination ?[Ss]ervice|[Hh]eartbeat|Socket closed|[Bb]arrier")
 
 Result = TypeVar("Result")
 
@@ -63,37 +66,40 @@ def start(
         "num_processes": num_processes,
         "process_id": process_id,
     }
+    if num_processes == 1 and process_id in (None, 0):
+        return
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
         if not _is_one_of_several():
             return
+        who = "the other processes, of which the environment tells,"
+        advice = " To train alone, pass --num_processes 1."
     elif missing:
         raise UserError(f"{' and '.join(missing)} must be passed, too.")
     else:
-        assert num_processes is not None and process_id is not None
-        if not re.fullmatch(r".+:[0-9]{1,5}", address or ""):
-            raise UserError(f"--coordinator_address must be HOST:PORT, not {address!r}.")
-        if num_processes < 1:
-            raise UserError(f"--num_processes must be at least 1, not {num_processes}.")
-        if not 0 <= process_id < num_processes:
-            raise UserError(
-                f"--process_id must be from 0 to {num_processes - 1}, not {process_id}."
-            )
-    who = "the other processes" if not process_id else f"the coordinator, {address},"
-    words = f"{who} did not answer within {_START_SECONDS} seconds."
+        assert address is not None and num_processes is not None and process_id is not None
+        _check(address, num_processes, process_id)
+        who = f"the coordinator, {address}," if process_id else "the other processes"
+        advice = ""
+    words = f"{who} did not answer within {_START_SECONDS} seconds.{advice}"
     alarm = threading.Timer(_START_SECONDS, abandon, [words])
     alarm.daemon = True
     alarm.start()
+    # It would take SIGTERM for itself, also where nothing asks it for what it has taken.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            address,
-            num_processes,
-            process_id,
-            initialization_timeout=10 * _START_SECONDS,
-            heartbeat_timeout_seconds=_SILENCE_SECONDS,
-        )
-        _keep_standard_output()
-        exchange(None)
+        with _default_ctrl_c():
+            jax.distributed.initialize(
+                address,
+                num_processes,
+                process_id,
+                initialization_timeout=10 * _START_SECONDS,
+                heartbeat_timeout_seconds=_SILENCE_SECONDS,
+            )
+            _keep_standard_output()
+            require_same("flags", {"num_processes": num_processes})
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot connect with the other processes: {reason}") from error
@@ -101,10 +107,58 @@ def start(
         alarm.cancel()
 
 
+def _check(address: str, num_processes: int, process_id: int) -> None:
+    """Checks the flags, and that the coordinator's host is known and its port free.
+
+    Raises:
+        UserError: if they are not right.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal() and 1 <= int(port) <= 65535):
+        raise UserError(f"--coordinator_address must be HOST:PORT, not {address!r}.")
+    if num_processes < 1:
+        raise UserError(f"--num_processes must be at least 1, not {num_processes}.")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id must be from 0 to {num_processes - 1}, not {process_id}.")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise UserError(f"--coordinator_address {address}: {error.strerror}.") from error
+    if process_id == 0:
+        # JAX would end by a signal.
+        try:
+            with socket.socket() as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(
+                f"--coordinator_address {address}: port {port} cannot be used here: "
+                f"{(error.strerror or str(error)).lower()}. Pass another one to all processes."
+            ) from error
+
+
+@contextlib.contextmanager
+def _default_ctrl_c() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once, since JAX waits where Python cannot handle it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _is_one_of_several() -> bool:
     """Tells whether JAX finds in the environment that this is one process of several."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        return True
     # JAX has no public way to ask. A version without these names needs the flags.
-    with contextlib.suppress(ImportError, AttributeError):
+    with contextlib.suppress(ImportError, AttributeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         from jax._src.clusters import ClusterEnv
 
         for environment in ClusterEnv._cluster_types:
@@ -263,7 +317,7 @@ def reporting_losses() -> Iterator[None]:
             raise _lost(error) from error
         raise
     except Exception as error:
-        if count() > 1 and not is_agreed(error) and _LOST.search(f"{type(error)} {error}"):
+        if count() > 1 and not is_agreed(error) and _LOST.search(str(error)):
             raise _lost(error) from error
         raise
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import secrets
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -104,6 +105,13 @@ def require_same_config(config: ConfigDict) -> None:
     processes.require_same("configs", fields)
 
 
+def require_same_data(run: Run) -> None:
+    """Checks that all processes have the same examples."""
+    if processes.count() > 1:
+        contents = {name: split.digest() for name, split in run.splits.items()}
+        processes.require_same("data", contents)
+
+
 def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains a config's seeds, each a run in a folder of its own, and summarises them."""
     configs = {workdir / name: one for name, one in seeds.members(config).items()}
@@ -119,6 +127,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     run = processes.first_then_others(
         lambda: make_run(first_config, first, shares_batches=not together)
     )
+    require_same_data(run)
     for path, one in configs.items():
         member = dataclasses.replace(run, config=one, workdir=path)
         processes.on_first(partial(check_folder, member))
@@ -198,16 +207,27 @@ def open_run(
     run = processes.first_then_others(
         lambda: make_run(config, workdir, splits, shares_batches=shares_batches)
     )
-    if splits is None and processes.count() > 1:
-        contents = {name: split.digest() for name, split in run.splits.items()}
-        processes.require_same("data", contents)
+    if splits is None:
+        require_same_data(run)
     source = processes.together(lambda: with_source(run).source)
     run = dataclasses.replace(run, source=source)
     processes.on_first(lambda: locks.enter_context(folder.locked(workdir)))
+    require_shared_folder(workdir)
     processes.on_first(lambda: check_folder(run))
     processes.on_first(lambda: folder.describe(workdir, config, run.splits, run.info))
-    processes.together(lambda: folder.require_described(workdir))
     return run
+
+
+def require_shared_folder(workdir: Path) -> None:
+    """Checks that a run's folder is the same one in all processes."""
+    if processes.count() == 1:
+        return
+    mark = folder.mark_of(workdir, processes.exchange(secrets.token_hex(8))[0])
+    processes.on_first(lambda: folder.leave_mark(mark))
+    try:
+        processes.together(lambda: folder.require_mark(mark))
+    finally:
+        processes.on_first(lambda: mark.unlink(missing_ok=True))
 
 
 def restore_member(run: Run, command: Command, open_checkpoints: contextlib.ExitStack) -> Member:

@@ -34,7 +34,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from tinyvgg_jax import processes
 from tinyvgg_jax.devices import REPLICATED
-from tinyvgg_jax.errors import UserError, first_line, hide_leftovers
+from tinyvgg_jax.errors import AgreedError, UserError, first_line, hide_leftovers
 from tinyvgg_jax.paths import open_regular
 from tinyvgg_jax.runs.files import digest_json, writing_to
 from tinyvgg_jax.runs.folder import distinct_sizes
@@ -172,8 +172,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Lists the steps that have a checkpoint, in ascending order."""
-        # A checkpoint gets its name when it is whole.
+        # A checkpoint gets its name when it is whole. A network file system may show it later to
+        # some processes, so all go by the first one.
         names = [path.name for path in self._folder.iterdir() if path.is_dir()]
+        names = processes.exchange(names)[0]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def save(
@@ -309,7 +311,13 @@ class Checkpoints:
     def _restore_if_intact(self, step: int, params: Any, opt_state: Any) -> Restored | None:
         """Restores a checkpoint; None if it is damaged, for any of the processes."""
         restored = processes.together(lambda: self._restore_or_explain(step, params, opt_state))
-        return restored if all(processes.exchange(restored is not None)) else None
+        intact = processes.exchange(restored is not None)
+        if all(intact) or not any(intact):
+            return restored
+        raise AgreedError(
+            f"{self._name(step)} cannot be restored by process {intact.index(False)}, and is "
+            "left as it is, since others can."
+        )
 
     def _restore_or_explain(self, step: int, params: Any, opt_state: Any) -> Restored | None:
         """Restores a checkpoint; None, with a warning, if it is damaged."""
@@ -399,11 +407,6 @@ class Checkpoints:
         save and restore other arrays of the same shapes and dtypes.
         """
         where = self._name(step)
-        if processes.count() > 1:
-            raise UserError(
-                f"{where} cannot be restored by several processes: {self._reason(error)}. Run the "
-                "command in a single process, which moves a damaged checkpoint away."
-            ) from error
         try:
             read_all_files(self._folder / str(step))
         except OSError as unreadable:
@@ -411,6 +414,10 @@ class Checkpoints:
                 f"{where} cannot be read, and is left as it is: {unreadable.filename}: "
                 f"{(unreadable.strerror or str(unreadable)).lower()}."
             ) from error
+        if processes.count() > 1:
+            # They could not save and restore apart from each other. It counts as damage if the
+            # others cannot restore it either.
+            return
         try:
             _round_trip(wanted)
         except Exception:
@@ -437,7 +444,8 @@ class Checkpoints:
 
     def _reason(self, error: BaseException) -> str:
         """Shortens an error to one line, with the folder's own path instead of Orbax's."""
-        return first_line(error).replace(str(self._orbax_folder), str(self._folder))
+        reason = first_line(error).partition(" See full TensorStore details")[0]
+        return reason.replace(str(self._orbax_folder), str(self._folder))
 
 
 def _round_trip(wanted: dict[str, Any]) -> None:

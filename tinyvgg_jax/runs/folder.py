@@ -284,16 +284,32 @@ def describe(
     write_config(workdir, config)
 
 
-def require_described(workdir: Path) -> None:
-    """Checks, in every process of a run, that the first one has described the run in its folder.
+def mark_of(workdir: Path, name: str) -> Path:
+    """Names the file by which the processes of a run recognise its folder.
+
+    Args:
+        workdir: the run's folder.
+        name: a new one each time, which no network file system can have looked for before.
+    """
+    return workdir / f".mark-{name}"
+
+
+def leave_mark(mark: Path) -> None:
+    """Leaves a mark; raises a UserError if that is not possible."""
+    with writing_to(mark):
+        mark.touch()
+
+
+def require_mark(mark: Path) -> None:
+    """Checks that the first process has left a mark here.
 
     Raises:
-        UserError: if the folder is another one here.
+        UserError: if the folder is another one.
     """
-    if not (workdir / "config.json").exists():
+    if not mark.exists():
         raise UserError(
-            f"{workdir} is another folder than that of process 0. Several processes need a folder "
-            "on a file system that they share."
+            f"{mark.parent} is another folder than that of process 0. Several processes need a "
+            "folder on a file system that they share."
         )
 
 
