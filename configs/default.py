@@ -72,8 +72,9 @@ def get_config() -> ConfigDict:
     config.data.name = "fashion_mnist"
     # The folder of tfds's datasets; None is the default of tfds, ~/tensorflow_datasets.
     config.data.data_dir = config_dict.placeholder(str)
-    # What the dataset is prepared from: a folder with a subfolder of pictures for each class (or
-    # with train, validation and test, each with those), or with four IDX files like MNIST's.
+    # The source that the dataset is prepared from: a folder with a subfolder of pictures for each
+    # class (or with train, validation and test, each with those), or with four IDX files like
+    # MNIST's.
     config.data.source_dir = config_dict.placeholder(str)
     # How pictures become images, once: their side in pixels (28), 1 for grey (that is the default)
     # or 3 for colour, and "crop" (the default) to cut out the middle, "pad" to keep all, or

@@ -122,7 +122,7 @@ def test_steps_are_the_same_on_any_number_of_devices(fields: dict[str, Any]) -> 
 
 
 def collectives_of(fields: dict[str, Any], pipeline: str) -> dict[str, Any]:
-    """What devices exchange in the program of a step."""
+    """Lists what devices exchange in the program of a step."""
     run = make(fields, **{"batch_size": 24, "data.pipeline": pipeline})
     state = first_state(run)
     steps = make_pipeline([run])

@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_moved_away_by_all(run: ConfigDict, tmp_path: Pa
 
 @slow
 def test_signals_end_processes_that_find_each_other(run: ConfigDict, tmp_path: Path) -> None:
-    """And those that evaluate: the first's signal is not taken by JAX, for which nobody looks."""
+    """JAX waits there where Python could not handle Ctrl-C."""
     argv = flags(run, tmp_path / "run")
     connection = ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", "2"]
     group = Group(tmp_path / "out", [[*argv, *connection, "--process_id", "0"]])
@@ -325,7 +325,7 @@ def test_a_coordinator_that_nobody_hears_of_ends_in_a_minute(
     assert not (tmp_path / "run").exists()
 
 
-# What a process finds out alone
+# A process alone
 
 
 def never(message: str) -> None:

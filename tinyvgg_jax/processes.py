@@ -217,7 +217,7 @@ def together(function: Callable[[], Result], takes_part: bool = True) -> Result 
         takes_part: whether this process calls it.
 
     Returns:
-        What this process's call returned; None if it takes no part.
+        The result of this process's call; None if it takes no part.
 
     Raises:
         UserError: if any process raised one.
@@ -249,7 +249,7 @@ def on_first(function: Callable[[], Result]) -> Result | None:
 def first_then_others(function: Callable[[], Result]) -> Result:
     """Calls a function in the first process, and then in all others; see `together`.
 
-    What the first one leaves in a folder that they share is there for the others.
+    So the others find what the first one leaves in a folder that they share.
     """
     result = on_first(function)
     if count() == 1:

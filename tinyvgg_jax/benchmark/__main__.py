@@ -28,7 +28,7 @@ _JAX_WORKER = "tinyvgg_jax.benchmark.jax_worker"
 _TORCH_WORKER = "tinyvgg_jax.benchmark.torch_worker"
 _NAME = "tinyvgg_jax"
 CASES = ("startup", "train", "infer", "epoch", "stream", "scale")
-# What runs if no cases are asked for; scaling is of interest to who has several devices.
+# Cases that run if none are asked for: scaling is of interest to who has several devices.
 _DEFAULT_CASES = CASES[:-1]
 # Turns off the convolutions in C.
 _XLA_ONLY = {"TINYVGG_JAX_NATIVE": "0"}

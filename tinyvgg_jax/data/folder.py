@@ -79,7 +79,7 @@ class Rows:
 
 
 class Content(NamedTuple):
-    """What a dataset is prepared from.
+    """Content of a dataset that is to be prepared.
 
     Attributes:
         class_names: the names, in the order of the labels.
@@ -109,8 +109,8 @@ class _Decoded(NamedTuple):
 def read_folder(folder: Path, options: Options, scratch: Path) -> Content:
     """Reads a folder that holds a subfolder of pictures for each class.
 
-    Or it holds `train`, `test` and perhaps `validation`, each with those. Where a split is missing,
-    each picture's content decides: 10 % of the pictures are for validation, 10 % for the test. So a
+    The folder may also hold `train`, `test` and perhaps `validation`, each with such subfolders.
+    Where a split is missing, each picture's content decides: 10 % of the pictures are for validation, 10 % for the test. So a
     picture that is added later moves no other, and copies of a picture are on the same side.
 
     Args:
