@@ -110,8 +110,9 @@ def read_folder(folder: Path, options: Options, scratch: Path) -> Content:
     """Reads a folder that holds a subfolder of pictures for each class.
 
     The folder may also hold `train`, `test` and perhaps `validation`, each with such subfolders.
-    Where a split is missing, each picture's content decides: 10 % of the pictures are for validation, 10 % for the test. So a
-    picture that is added later moves no other, and copies of a picture are on the same side.
+    Where a split is missing, each picture's content decides: 10 % of the pictures are for
+    validation, 10 % for the test. So a picture that is added later moves no other, and copies of a
+    picture are on the same side.
 
     Args:
         folder: the folder.
