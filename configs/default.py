@@ -67,6 +67,16 @@ def get_config() -> ConfigDict:
     config.augment.shift_pixels = 0
     config.augment.cutout_size = 0
     config.augment.mixup_alpha = 0.0
+    # Changes for a network that is to be right on photos, too; `augment.py` explains each.
+    config.augment.scale = 0.0
+    config.augment.shear_degrees = 0.0
+    config.augment.background = 0.0
+    config.augment.gamma = 0.0
+    config.augment.contrast = 0.0
+    config.augment.brightness = 0.0
+    config.augment.blur_sigma = 0.0
+    config.augment.noise = 0.0
+    config.augment.inverted = 0.0
 
     config.data = ConfigDict()
     config.data.name = "fashion_mnist"

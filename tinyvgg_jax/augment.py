@@ -1,14 +1,16 @@
 """Random changes of images: pure functions of a key and a batch, on the device."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.ndimage import map_coordinates
 
+from tinyvgg_jax import photometry
 from tinyvgg_jax.devices import AXIS, Share
-from tinyvgg_jax.keys import named_key
+from tinyvgg_jax.keys import Purpose, named_key
 
 
 def rotate(images: Array, degrees: Array) -> Array:
@@ -24,21 +26,58 @@ def rotate(images: Array, degrees: Array) -> Array:
         `[B, H, W, C]`, the dtype of `images`. Its values lie
         between the lowest and the highest of the image's values and 0.
     """
+    return transform(images, degrees)
+
+
+def transform(
+    images: Array, degrees: Array, scale: Array | None = None, shear: Array | None = None
+) -> Array:
+    """Shears, scales and rotates each image about its centre, with bilinear interpolation.
+
+    An output pixel at (y, x) from the centre comes from
+
+        (y', x') = R^-1 (y, x), where R rotates by `degrees`
+        (y / s, (x - tan(shear) * y) / s), with these
+
+    Pixels that come from outside the image are black.
+
+    Args:
+        images: `[B, H, W, C]`, floating.
+        degrees: `[B]`, anticlockwise angles.
+        scale: `[B]`, factors; None for 1.
+        shear: `[B]`, angles in degrees by which columns lean; None for 0.
+
+    Returns:
+        `[B, H, W, C]`, the dtype of `images`.
+    """
     _, H, W, _ = images.shape
     y = jnp.arange(H)[:, None] - (H - 1) / 2
     x = jnp.arange(W)[None, :] - (W - 1) / 2
 
-    def rotate_one(image: Array, angle: Array) -> Array:
+    def transform_one(image: Array, angle: Array, *others: Array) -> Array:
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         # An output pixel comes from the position that the opposite rotation takes it to. The signs
         # are those of a y axis that points down.
-        source_y = cos * y + sin * x + (H - 1) / 2
-        source_x = cos * x - sin * y + (W - 1) / 2
+        source_y = cos * y + sin * x
+        source_x = cos * x - sin * y
+        if others:
+            factor, lean = others
+            source_x = (source_x - jnp.tan(lean) * source_y) / factor
+            source_y = source_y / factor
+        source_y = source_y + (H - 1) / 2
+        source_x = source_x + (W - 1) / 2
         sample = partial(map_coordinates, coordinates=[source_y, source_x], order=1)
         return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
 
-    rotated = jax.vmap(rotate_one)(images, jnp.deg2rad(degrees.astype(jnp.float32)))
-    return rotated.astype(images.dtype)
+    others = []
+    if scale is not None or shear is not None:
+        ones = jnp.ones(len(images))
+        others = [
+            ones if scale is None else scale,
+            jnp.deg2rad(0 * ones if shear is None else shear),
+        ]
+    angles = jnp.deg2rad(degrees.astype(jnp.float32))
+    return jax.vmap(transform_one)(images, angles, *others).astype(images.dtype)
 
 
 def flip_horizontally(images: Array, flip: Array) -> Array:
@@ -158,10 +197,20 @@ def augment(
     alternating_flip: bool = False,
     shift_pixels: int = 0,
     cutout_size: int = 0,
+    scale: float = 0.0,
+    shear_degrees: float = 0.0,
+    background: float = 0.0,
+    gamma: float = 0.0,
+    contrast: float = 0.0,
+    brightness: float = 0.0,
+    blur_sigma: float = 0.0,
+    noise: float = 0.0,
+    inverted: float = 0.0,
 ) -> Array:
     """Augments each image by random changes of its own; options left at 0 or False have no effect.
 
-    The changes are made in the order of the arguments.
+    First the geometry changes: rotation with scale and shear, mirroring, shift. Then light and
+    camera do: background, gamma, contrast, brightness, blur, noise, inversion. Cutout comes last.
 
     Args:
         key: a PRNG key; the same key gives the same images.
@@ -174,34 +223,117 @@ def augment(
         alternating_flip: whether to mirror each image in every other epoch instead.
         shift_pixels: largest shift, drawn uniformly for each of the two directions.
         cutout_size: side in pixels of a square to blacken, whose centre is any pixel.
+        scale: largest change of size; factors are 2**u with u uniform in [-scale, scale].
+        shear_degrees: largest angle by which columns lean, to either side.
+        background: highest level of the flat background, uniform in [0, background].
+        gamma: exponents are 2**u with u uniform in [-gamma, gamma].
+        contrast: largest change of contrast, a fraction.
+        brightness: largest change of brightness, in [0, 1].
+        blur_sigma: largest standard deviation in pixels of a Gaussian blur.
+        noise: largest standard deviation of Gaussian noise, for values in [0, 1].
+        inverted: fraction of the images that are inverted.
 
     Returns:
         `[B, H, W, C]`, the dtype of `images`.
     """
-    _, H, W, _ = images.shape
-    B = share.total if share else len(images)
-
-    def own(draws: Array) -> Array:
-        return share.of(draws) if share else draws
-
+    draws = _Draws(key, share.total if share else len(images), share)
     rotation_key, flip_key = jax.random.split(key)
     # This comes before all changes, because it depends on the sum of the image's own pixels.
     flip = alternating_flips(images, epoch) if alternating_flip else None
-    if rotation_degrees:
+    if rotation_degrees or scale or shear_degrees:
         low, high = -rotation_degrees, rotation_degrees
-        degrees = jax.random.uniform(rotation_key, (B,), minval=low, maxval=high)
-        images = rotate(images, own(degrees))
+        degrees = jax.random.uniform(rotation_key, (draws.number,), minval=low, maxval=high)
+        others: tuple[Array, ...] = ()
+        if scale or shear_degrees:
+            others = (2 ** draws.spread("scale", scale), draws.spread("shear", shear_degrees))
+        images = transform(images, draws.own(degrees), *others)
     if horizontal_flip and flip is None:
-        flip = own(jax.random.bernoulli(flip_key, shape=(B,)))
+        flip = draws.own(jax.random.bernoulli(flip_key, shape=(draws.number,)))
     if flip is not None:
         images = flip_horizontally(images, flip)
-    # Shift and cutout have keys of their own, so that they do not change the draws of the others.
+    # All others have keys of their own, so that they do not change the draws of one another.
     if shift_pixels:
-        shift_key = named_key(key, "shift")
-        offsets = jax.random.randint(shift_key, (B, 2), -shift_pixels, shift_pixels + 1)
-        images = shift(images, own(offsets))
+        images = shift(images, draws.integers("shift", -shift_pixels, shift_pixels + 1))
+    images = _change_light(
+        draws,
+        images,
+        background=background,
+        gamma=gamma,
+        contrast=contrast,
+        brightness=brightness,
+        blur_sigma=blur_sigma,
+        noise=noise,
+        inverted=inverted,
+    )
     if cutout_size:
-        cutout_key = named_key(key, "cutout")
-        centres = jax.random.randint(cutout_key, (B, 2), 0, jnp.array([H, W]))
-        images = cutout(images, own(centres), cutout_size)
+        centres = draws.integers("cutout", 0, jnp.array(images.shape[1:3]))
+        images = cutout(images, centres, cutout_size)
+    return images
+
+
+class _Draws(NamedTuple):
+    """Random numbers for a batch, of which each device takes those of its own images.
+
+    Attributes:
+        key: a PRNG key.
+        number: number of images in the whole batch.
+        share: the part of it that the images are; None for all of it.
+    """
+
+    key: Array
+    number: int
+    share: Share | None
+
+    def own(self, draws: Array) -> Array:
+        """Takes the draws `[number, ...]` that are of this device's images."""
+        return self.share.of(draws) if self.share else draws
+
+    def uniform(self, purpose: Purpose, low: float, high: float) -> Array:
+        """Draws a number for each image: `[B]`."""
+        key, shape = named_key(self.key, purpose), (self.number,)
+        return self.own(jax.random.uniform(key, shape, minval=low, maxval=high))
+
+    def spread(self, purpose: Purpose, largest: float) -> Array:
+        """Draws a number in [-largest, largest] for each image: `[B]`."""
+        return self.uniform(purpose, -largest, largest)
+
+    def integers(self, purpose: Purpose, low: int, end: int | Array) -> Array:
+        """Draws two whole numbers below `end` for each image: `[B, 2]`."""
+        key = named_key(self.key, purpose)
+        return self.own(jax.random.randint(key, (self.number, 2), low, end))
+
+
+def _change_light(
+    draws: _Draws,
+    images: Array,
+    *,
+    background: float,
+    gamma: float,
+    contrast: float,
+    brightness: float,
+    blur_sigma: float,
+    noise: float,
+    inverted: float,
+) -> Array:
+    """Changes light and camera; the options are those of `augment`."""
+    if background:
+        level = draws.uniform("background", 0, background)
+        images = photometry.put_on_background(images, level)
+    if gamma:
+        images = photometry.change_gamma(images, 2 ** draws.spread("gamma", gamma))
+    if contrast:
+        images = photometry.change_contrast(images, 1 + draws.spread("contrast", contrast))
+    if brightness:
+        images = photometry.change_brightness(images, draws.spread("brightness", brightness))
+    if blur_sigma:
+        sigma = draws.uniform("blur", 0, blur_sigma)
+        images = photometry.blur(images, sigma, blur_sigma)
+    if noise:
+        shape = (draws.number, *images.shape[1:])
+        normal = draws.own(jax.random.normal(named_key(draws.key, "noise"), shape))
+        amount = photometry.per_image(draws.uniform("noise level", 0, noise))
+        images = photometry.add_noise(images, amount * normal)
+    if inverted:
+        chosen = jax.random.bernoulli(named_key(draws.key, "inversion"), inverted, (draws.number,))
+        images = photometry.invert(images, draws.own(chosen))
     return images

@@ -68,6 +68,7 @@ _AT_MOST_A_MILLION = Check(lambda value: value <= 1_000_000, "at most 1,000,000"
 _POSITIVE = Check(lambda value: math.isfinite(value) and value > 0, "a positive number")
 _NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "0 or a positive number")
 _FRACTION = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1")
+_UNIT = _within(0, 1, "from 0 to 1")
 _PIXELS = _within(0, 10_000, "from 0 to 10,000")
 _WIDTHS = Check(
     lambda widths: (
@@ -185,6 +186,39 @@ FIELDS: dict[str, Field] = {
     ),
     "augment.mixup_alpha": Field(
         float, "how much images are mixed with others, or 0", (_NOT_NEGATIVE,), value_before=0.0
+    ),
+    "augment.scale": Field(
+        float, "largest change of size, as a power of 2", (_NOT_NEGATIVE,), value_before=0.0
+    ),
+    "augment.shear_degrees": Field(
+        float,
+        "largest angle of a random shear",
+        (_within(0, 80, "from 0 to 80"),),
+        value_before=0.0,
+    ),
+    "augment.background": Field(
+        float, "highest level of a random flat background", (_UNIT,), value_before=0.0
+    ),
+    "augment.gamma": Field(
+        float, "largest change of gamma, as a power of 2", (_NOT_NEGATIVE,), value_before=0.0
+    ),
+    "augment.contrast": Field(
+        float, "largest random change of contrast", (_UNIT,), value_before=0.0
+    ),
+    "augment.brightness": Field(
+        float, "largest random change of brightness", (_UNIT,), value_before=0.0
+    ),
+    "augment.blur_sigma": Field(
+        float,
+        "largest standard deviation of a random blur, in pixels",
+        (_within(0, 100, "from 0 to 100"),),
+        value_before=0.0,
+    ),
+    "augment.noise": Field(
+        float, "largest standard deviation of random noise", (_UNIT,), value_before=0.0
+    ),
+    "augment.inverted": Field(
+        float, "share of the images that are inverted", (_UNIT,), value_before=0.0
     ),
     "data.name": Field(str, "the tfds dataset", (_NOT_EMPTY,)),
     "data.data_dir": Field(_FOLDER, "tfds's folder of datasets", affects_result=False),

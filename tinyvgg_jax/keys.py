@@ -19,6 +19,16 @@ Purpose = Literal[
     "dropout",  # from the step's key: the inputs that the dense layers drop
     "shift",  # from the step's key: the offsets of random shifts
     "cutout",  # from the step's key: the centres of blackened squares
+    "scale",  # from the step's key, like all that follow: the factors of size
+    "shear",  # the angles of shear
+    "background",  # the levels of the background
+    "gamma",  # the exponents
+    "contrast",  # the factors of contrast
+    "brightness",  # the changes of brightness
+    "blur",  # the widths of the blur
+    "noise",  # the noise itself
+    "noise level",  # the standard deviations of the noise
+    "inversion",  # the images that are inverted
 ]
 
 

@@ -95,6 +95,15 @@ def augmentations(config: ConfigDict) -> list[str]:
         f"shift up to {augment.shift_pixels} pixels": augment.shift_pixels,
         f"cutout of {augment.cutout_size}x{augment.cutout_size} pixels": augment.cutout_size,
         f"mixup {augment.mixup_alpha:g}": augment.mixup_alpha,
+        f"scale by up to 2^{augment.scale:g}": augment.scale,
+        f"shear up to {augment.shear_degrees:g} degrees": augment.shear_degrees,
+        f"background up to {augment.background:g}": augment.background,
+        f"gamma by up to 2^{augment.gamma:g}": augment.gamma,
+        f"contrast by up to {augment.contrast:.0%}": augment.contrast,
+        f"brightness by up to {augment.brightness:g}": augment.brightness,
+        f"blur up to {augment.blur_sigma:g} pixels": augment.blur_sigma,
+        f"noise up to {augment.noise:g}": augment.noise,
+        f"{augment.inverted:.0%} inverted": augment.inverted,
     }
     return [words for words, is_on in options.items() if is_on]
 

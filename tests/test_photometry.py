@@ -1,0 +1,112 @@
+"""Changes of light, camera and background, and of scale and shear."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from scipy import ndimage
+
+from tinyvgg_jax import photometry
+from tinyvgg_jax.augment import augment, rotate, transform
+
+ALL: dict[str, Any] = {
+    "scale": 0.3,
+    "shear_degrees": 15.0,
+    "background": 0.5,
+    "gamma": 0.7,
+    "contrast": 0.5,
+    "brightness": 0.3,
+    "blur_sigma": 1.5,
+    "noise": 0.1,
+    "inverted": 0.5,
+}
+
+
+@pytest.fixture
+def images() -> Array:
+    """Noise in the middle of black images."""
+    rng = np.random.default_rng(0)
+    inner = rng.uniform(0.2, 1, size=(8, 12, 10, 3))
+    return jnp.asarray(np.pad(inner, ((0, 0), (4, 4), (5, 5), (0, 0))), jnp.float32)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_change_is_pure_and_in_range(images: Array, name: str) -> None:
+    def change(key: Array, **options: Any) -> Array:
+        return augment(key, images, rotation_degrees=0.0, horizontal_flip=False, **options)
+
+    first, other = (change(jax.random.key(seed), **{name: ALL[name]}) for seed in (0, 1))
+    again = jax.jit(lambda key: change(key, **{name: ALL[name]}))(jax.random.key(0))
+    np.testing.assert_allclose(first, again, atol=1e-5)
+    assert not np.allclose(first, other)
+    assert first.shape == images.shape and first.dtype == images.dtype
+    assert float(first.min()) >= 0 and float(first.max()) <= 1
+    # Without it nothing changes, and images differ in how they change.
+    np.testing.assert_array_equal(change(jax.random.key(0)), images)
+    same = jnp.broadcast_to(images[:1], images.shape)
+    varied = augment(
+        jax.random.key(0), same, rotation_degrees=0.0, horizontal_flip=False, **{name: ALL[name]}
+    )
+    assert not np.allclose(varied, varied[:1])
+
+
+def test_one_change_leaves_the_draws_of_another_alone(images: Array) -> None:
+    options: dict[str, Any] = {"rotation_degrees": 10.0, "horizontal_flip": True}
+    plain = augment(jax.random.key(3), images, shift_pixels=2, **options)
+    inverted = augment(jax.random.key(3), images, shift_pixels=2, inverted=1.0, **options)
+    np.testing.assert_allclose(inverted, 1 - plain, atol=1e-6)
+
+
+def test_scale_and_shear_are_those_of_scipy() -> None:
+    """Compared in the middle, because the two differ in how they treat the border."""
+    image = ndimage.gaussian_filter(np.random.default_rng(1).uniform(size=(21, 21)), 2)
+    scale, lean, centre = 1.3, np.deg2rad(20.0), np.array([10.0, 10.0])
+    # From an output pixel to its source, in rows and columns.
+    matrix = np.array([[1, 0], [-np.tan(lean), 1]]) / scale
+    expected = ndimage.affine_transform(image, matrix, centre - matrix @ centre, order=1)
+    ours = transform(
+        jnp.asarray(image, jnp.float32)[None, ..., None],
+        jnp.zeros(1),
+        jnp.full(1, scale),
+        jnp.full(1, 20.0),
+    )
+    np.testing.assert_allclose(ours[0, 4:-4, 4:-4, 0], expected[4:-4, 4:-4], atol=1e-4)
+
+
+def test_a_transform_without_scale_and_shear_is_a_rotation(images: Array) -> None:
+    degrees = jnp.linspace(-40, 40, len(images))
+    ones, zeros = jnp.ones(len(images)), jnp.zeros(len(images))
+    np.testing.assert_allclose(
+        transform(images, degrees, ones, zeros), rotate(images, degrees), atol=1e-4
+    )
+
+
+def test_the_blur_is_a_gaussian() -> None:
+    image = np.random.default_rng(2).uniform(size=(20, 20)).astype(np.float32)
+    sigma = 1.2
+    kernel = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
+    kernel /= kernel.sum()
+    expected = ndimage.correlate1d(image, kernel, axis=0, mode="nearest")
+    expected = ndimage.correlate1d(expected, kernel, axis=1, mode="nearest")
+    ours = photometry.blur(jnp.asarray(image)[None, ..., None], jnp.full(1, sigma), 2.0)
+    np.testing.assert_allclose(ours[0, ..., 0], expected, atol=1e-5)
+    sharp = photometry.blur(jnp.asarray(image)[None, ..., None], jnp.zeros(1), 2.0)
+    np.testing.assert_array_equal(sharp[0, ..., 0], image)
+
+
+def test_light_changes_as_the_formulas_say() -> None:
+    values = jnp.array([0.0, 0.05, 0.5, 1.0]).reshape(1, 2, 2, 1)
+
+    def flat(images: Array) -> list[float]:
+        return np.asarray(images, np.float64).ravel().round(4).tolist()
+
+    one = jnp.ones(1)
+    assert flat(photometry.put_on_background(values, 0.4 * one)) == [0.4, 0.25, 0.5, 1.0]
+    assert flat(photometry.change_gamma(values, 2 * one)) == [0, 0.0025, 0.25, 1]
+    assert flat(photometry.change_contrast(values, 0 * one)) == [0.3875] * 4
+    assert flat(photometry.change_contrast(values, 10 * one)) == [0, 0, 1, 1]
+    assert flat(photometry.change_brightness(values, -0.2 * one)) == [0, 0, 0.3, 0.8]
+    assert flat(photometry.invert(values, one > 0)) == [1, 0.95, 0.5, 0]

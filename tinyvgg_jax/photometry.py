@@ -1,0 +1,93 @@
+"""Random changes of light, camera and background: pure functions of a batch, on the device.
+
+FashionMNIST shows light garments on black. These changes let a network see what photos add to that.
+All images are in [0, 1], and stay there.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# A pixel this bright or brighter belongs to the garment wholly; the background is black.
+_GARMENT = 0.1
+
+
+def per_image(values: Array) -> Array:
+    """Reshapes `[B]` to `[B, 1, 1, 1]`, to be combined with images."""
+    return values[:, None, None, None]
+
+
+def put_on_background(images: Array, level: Array) -> Array:
+    """Replaces the black around each garment by a flat level.
+
+    A pixel of value v keeps the share min(v / 0.1, 1), so that edges stay smooth:
+
+        v <- v + (1 - min(v / 0.1, 1)) * level
+
+    Args:
+        images: `[B, H, W, C]`.
+        level: `[B]`, in [0, 1].
+
+    Returns:
+        `[B, H, W, C]`.
+    """
+    garment = jnp.minimum(images / _GARMENT, 1)
+    return (images + (1 - garment) * per_image(level)).clip(0, 1)
+
+
+def change_gamma(images: Array, exponent: Array) -> Array:
+    """Raises the values of each image to a power: `[B, H, W, C]`, with `exponent` `[B]`."""
+    # The gradient of a power is not finite at 0, but none is taken with respect to images.
+    return jnp.power(images, per_image(exponent))
+
+
+def change_contrast(images: Array, factor: Array) -> Array:
+    """Scales each image's differences from its mean: `[B, H, W, C]`, with `factor` `[B]`."""
+    mean = images.mean(axis=(1, 2, 3), keepdims=True)
+    return (mean + (images - mean) * per_image(factor)).clip(0, 1)
+
+
+def change_brightness(images: Array, offset: Array) -> Array:
+    """Adds an offset to each image: `[B, H, W, C]`, with `offset` `[B]`."""
+    return (images + per_image(offset)).clip(0, 1)
+
+
+def blur(images: Array, sigma: Array, largest: float) -> Array:
+    """Blurs each image by a Gaussian; the border is repeated outwards.
+
+    Args:
+        images: `[B, H, W, C]`.
+        sigma: `[B]`, the Gaussians' standard deviations in pixels; 0 leaves an image as it is.
+        largest: upper bound of `sigma`, from which the size of the kernels follows.
+
+    Returns:
+        `[B, H, W, C]`.
+    """
+    radius = math.ceil(2 * largest)
+    offsets = jnp.arange(-radius, radius + 1)
+    # A small number keeps 0 / 0 away; the Gaussian is then 1 in the middle and 0 elsewhere.
+    exponents = -0.5 * (offsets / jnp.maximum(sigma[:, None], 1e-3)) ** 2
+    weights = jax.nn.softmax(exponents, axis=1)
+    for axis in (1, 2):
+        widths = [(radius, radius) if a == axis else (0, 0) for a in range(4)]
+        padded, size = jnp.pad(images, widths, mode="edge"), images.shape[axis]
+        images = sum(
+            (
+                per_image(weights[:, i]) * jax.lax.slice_in_dim(padded, i, i + size, axis=axis)
+                for i in range(len(offsets))
+            ),
+            start=jnp.zeros_like(images),
+        )
+    return images
+
+
+def add_noise(images: Array, noise: Array) -> Array:
+    """Adds noise of the same shape, `[B, H, W, C]`, and clips."""
+    return (images + noise).clip(0, 1)
+
+
+def invert(images: Array, inverted: Array) -> Array:
+    """Inverts the images for which `inverted`, `[B]` bool, is true."""
+    return jnp.where(per_image(inverted), 1 - images, images)
