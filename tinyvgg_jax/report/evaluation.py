@@ -185,7 +185,9 @@ def _folders_here(config: ConfigDict, given: DataFolders) -> DataFolders:
     that only its config names, nor is anything prepared elsewhere from its source.
     """
     data_dir, source_dir = config.data.data_dir, config.data.source_dir
-    if given.data_dir is None and data_dir and not is_prepared(config.data.name, data_dir):
+    if given.data_dir is not None:
+        source_dir = None
+    elif data_dir and not is_prepared(config.data.name, data_dir):
         data_dir, source_dir = default_data_dir(), None
         logger.warning(
             "%s, which the run's config names, holds no %s that can be read here; %s is used.",
