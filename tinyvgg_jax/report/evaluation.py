@@ -40,8 +40,7 @@ class DataFolders(NamedTuple):
     Attributes:
         data_dir: tfds's folder of datasets; None for the config's, if the dataset is prepared
             there, and otherwise tfds's own.
-        source_dir: folder of IDX files to prepare the dataset from; None for the config's, if its
-            `data_dir` is used too.
+        source_dir: folder to prepare the dataset from; None for none, whatever the config says.
     """
 
     data_dir: str | None = None
@@ -182,20 +181,18 @@ def _folders_here(config: ConfigDict, given: DataFolders) -> DataFolders:
     """Chooses the folders of a run's data: those that are given, else its config's if they serve.
 
     A run's folder may come from another machine or a stranger. So nothing is prepared in a folder
-    that only its config names, nor is anything prepared elsewhere from its source.
+    that only its config names, nor is anything prepared from its source.
     """
-    data_dir, source_dir = config.data.data_dir, config.data.source_dir
-    if given.data_dir is not None:
-        source_dir = None
-    elif data_dir and not is_prepared(config.data.name, data_dir):
-        data_dir, source_dir = default_data_dir(), None
+    data_dir = config.data.data_dir
+    if given.data_dir is None and data_dir and not is_prepared(config.data.name, data_dir):
+        data_dir = default_data_dir()
         logger.warning(
             "%s, which the run's config names, holds no %s that can be read here; %s is used.",
             config.data.data_dir,
             config.data.name,
             data_dir,
         )
-    return DataFolders(given.data_dir or data_dir, given.source_dir or source_dir)
+    return DataFolders(given.data_dir or data_dir, given.source_dir)
 
 
 def evaluation_content(evaluated: CheckpointEvaluation) -> dict[str, Any]:
