@@ -51,55 +51,67 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     # Whether to write a trace of some steps to WORKDIR/profile, for XProf or Perfetto.
     config.profile = False
+    config.model = _model()
+    config.augment = _augment()
+    config.data = _data()
+    return config
 
-    config.model = ConfigDict()
-    config.model.widths = (64, 128, 256)
-    config.model.convs_per_block = 2
-    config.model.hidden = 256
-    config.model.dropout = 0.0
-    config.model.kernel_init = "lecun_normal"
 
-    config.augment = ConfigDict()
-    config.augment.rotation_degrees = 10.0
-    config.augment.horizontal_flip = True
+def _model() -> ConfigDict:
+    model = ConfigDict()
+    model.widths = (64, 128, 256)
+    model.convs_per_block = 2
+    model.hidden = 256
+    model.dropout = 0.0
+    model.kernel_init = "lecun_normal"
+    return model
+
+
+def _augment() -> ConfigDict:
+    augment = ConfigDict()
+    augment.rotation_degrees = 10.0
+    augment.horizontal_flip = True
     # Mirrors each image every other epoch, instead of at random.
-    config.augment.alternating_flip = False
-    config.augment.shift_pixels = 0
-    config.augment.cutout_size = 0
-    config.augment.mixup_alpha = 0.0
+    augment.alternating_flip = False
+    augment.shift_pixels = 0
+    augment.cutout_size = 0
+    augment.mixup_alpha = 0.0
     # Changes for a network that is to be right on photos, too; `augment.py` explains each.
-    config.augment.scale = 0.0
-    config.augment.shear_degrees = 0.0
-    config.augment.background = 0.0
-    config.augment.gamma = 0.0
-    config.augment.contrast = 0.0
-    config.augment.brightness = 0.0
-    config.augment.blur_sigma = 0.0
-    config.augment.noise = 0.0
-    config.augment.inverted = 0.0
+    augment.scale = 0.0
+    augment.shear_degrees = 0.0
+    augment.background = 0.0
+    augment.gamma = 0.0
+    augment.contrast = 0.0
+    augment.brightness = 0.0
+    augment.blur_sigma = 0.0
+    augment.noise = 0.0
+    augment.inverted = 0.0
+    return augment
 
-    config.data = ConfigDict()
-    config.data.name = "fashion_mnist"
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.name = "fashion_mnist"
     # The folder of tfds's datasets; None is the default of tfds, ~/tensorflow_datasets.
-    config.data.data_dir = config_dict.placeholder(str)
+    data.data_dir = config_dict.placeholder(str)
     # The source that the dataset is prepared from: a folder with a subfolder of pictures for each
     # class (or with train, validation and test, each with those), or with four IDX files like
     # MNIST's.
-    config.data.source_dir = config_dict.placeholder(str)
+    data.source_dir = config_dict.placeholder(str)
     # How pictures become images, once: their side in pixels (28), 1 for grey (that is the default)
     # or 3 for colour, and "crop" (the default) to cut out the middle, "pad" to keep all, or
     # "garment" to cut out a garment like FashionMNIST's.
-    config.data.image_size = config_dict.placeholder(int)
-    config.data.channels = config_dict.placeholder(int)
-    config.data.fit = config_dict.placeholder(str)
+    data.image_size = config_dict.placeholder(int)
+    data.channels = config_dict.placeholder(int)
+    data.fit = config_dict.placeholder(str)
     # "device" keeps the images in the device's memory and runs many steps in one call; "stream"
     # feeds batches from the host; "auto" takes "device" where the images fit. Both train on the
     # same batches in the same order.
-    config.data.pipeline = "auto"
+    data.pipeline = "auto"
     # tfds's split specifications, like "train[:90%]". None is what suits the dataset: its own
     # validation split, or the last tenth of train; for FashionMNIST "train[:55000]",
     # "train[55000:]" and "test".
-    config.data.train_split = config_dict.placeholder(str)
-    config.data.validation_split = config_dict.placeholder(str)
-    config.data.test_split = config_dict.placeholder(str)
-    return config
+    data.train_split = config_dict.placeholder(str)
+    data.validation_split = config_dict.placeholder(str)
+    data.test_split = config_dict.placeholder(str)
+    return data

@@ -44,8 +44,8 @@ def transform(
     Args:
         images: `[B, H, W, C]`, floating.
         degrees: `[B]`, anticlockwise angles.
-        scale: `[B]`, factors; None for 1.
-        shear: `[B]`, angles in degrees by which columns lean; None for 0.
+        scale: `[B]`, factors; None for a rotation alone.
+        shear: `[B]`, angles in degrees by which columns lean; None likewise.
 
     Returns:
         `[B, H, W, C]`, the dtype of `images`.
@@ -69,13 +69,8 @@ def transform(
         sample = partial(map_coordinates, coordinates=[source_y, source_x], order=1)
         return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
 
-    others = []
-    if scale is not None or shear is not None:
-        ones = jnp.ones(len(images))
-        others = [
-            ones if scale is None else scale,
-            jnp.deg2rad(0 * ones if shear is None else shear),
-        ]
+    # Rotation alone, which is more frequent, does without them.
+    others = () if scale is None or shear is None else (scale, jnp.deg2rad(shear))
     angles = jnp.deg2rad(degrees.astype(jnp.float32))
     return jax.vmap(transform_one)(images, angles, *others).astype(images.dtype)
 
@@ -199,18 +194,12 @@ def augment(
     cutout_size: int = 0,
     scale: float = 0.0,
     shear_degrees: float = 0.0,
-    background: float = 0.0,
-    gamma: float = 0.0,
-    contrast: float = 0.0,
-    brightness: float = 0.0,
-    blur_sigma: float = 0.0,
-    noise: float = 0.0,
-    inverted: float = 0.0,
+    **light: float,
 ) -> Array:
     """Augments each image by random changes of its own; options left at 0 or False have no effect.
 
     First the geometry changes: rotation with scale and shear, mirroring, shift. Then light and
-    camera do: background, gamma, contrast, brightness, blur, noise, inversion. Cutout comes last.
+    camera do, see `change_light`. Cutout comes last.
 
     Args:
         key: a PRNG key; the same key gives the same images.
@@ -225,18 +214,12 @@ def augment(
         cutout_size: side in pixels of a square to blacken, whose centre is any pixel.
         scale: largest change of size; factors are 2**u with u uniform in [-scale, scale].
         shear_degrees: largest angle by which columns lean, to either side.
-        background: highest level of the flat background, uniform in [0, background].
-        gamma: exponents are 2**u with u uniform in [-gamma, gamma].
-        contrast: largest change of contrast, a fraction.
-        brightness: largest change of brightness, in [0, 1].
-        blur_sigma: largest standard deviation in pixels of a Gaussian blur.
-        noise: largest standard deviation of Gaussian noise, for values in [0, 1].
-        inverted: fraction of the images that are inverted.
+        light: options of `change_light`.
 
     Returns:
         `[B, H, W, C]`, the dtype of `images`.
     """
-    draws = _Draws(key, share.total if share else len(images), share)
+    draws = Draws(key, share.total if share else len(images), share)
     rotation_key, flip_key = jax.random.split(key)
     # This comes before all changes, because it depends on the sum of the image's own pixels.
     flip = alternating_flips(images, epoch) if alternating_flip else None
@@ -254,24 +237,14 @@ def augment(
     # All others have keys of their own, so that they do not change the draws of one another.
     if shift_pixels:
         images = shift(images, draws.integers("shift", -shift_pixels, shift_pixels + 1))
-    images = _change_light(
-        draws,
-        images,
-        background=background,
-        gamma=gamma,
-        contrast=contrast,
-        brightness=brightness,
-        blur_sigma=blur_sigma,
-        noise=noise,
-        inverted=inverted,
-    )
+    images = change_light(draws, images, **light)
     if cutout_size:
         centres = draws.integers("cutout", 0, jnp.array(images.shape[1:3]))
         images = cutout(images, centres, cutout_size)
     return images
 
 
-class _Draws(NamedTuple):
+class Draws(NamedTuple):
     """Random numbers for a batch, of which each device takes those of its own images.
 
     Attributes:
@@ -303,19 +276,34 @@ class _Draws(NamedTuple):
         return self.own(jax.random.randint(key, (self.number, 2), low, end))
 
 
-def _change_light(
-    draws: _Draws,
+def change_light(
+    draws: Draws,
     images: Array,
     *,
-    background: float,
-    gamma: float,
-    contrast: float,
-    brightness: float,
-    blur_sigma: float,
-    noise: float,
-    inverted: float,
+    background: float = 0.0,
+    gamma: float = 0.0,
+    contrast: float = 0.0,
+    brightness: float = 0.0,
+    blur_sigma: float = 0.0,
+    noise: float = 0.0,
+    inverted: float = 0.0,
 ) -> Array:
-    """Changes light and camera; the options are those of `augment`."""
+    """Changes light and camera, in the order of the options; those left at 0 have no effect.
+
+    Args:
+        draws: random numbers for the images.
+        images: `[B, H, W, C]`, floating, in [0, 1].
+        background: highest level of the flat background, uniform in [0, background].
+        gamma: exponents are 2**u with u uniform in [-gamma, gamma].
+        contrast: largest change of contrast, a fraction.
+        brightness: largest change of brightness, in [0, 1].
+        blur_sigma: largest standard deviation in pixels of a Gaussian blur.
+        noise: largest standard deviation of Gaussian noise, for values in [0, 1].
+        inverted: fraction of the images that are inverted.
+
+    Returns:
+        `[B, H, W, C]`, in [0, 1].
+    """
     if background:
         level = draws.uniform("background", 0, background)
         images = photometry.put_on_background(images, level)

@@ -330,20 +330,14 @@ def _each_run(function: Callable[..., Any], in_axes: tuple[int | None, ...]) -> 
         return jax.vmap(function, in_axes=in_axes)
 
     def each(*arguments: Any) -> Any:
-        count = next(
-            len(jax.tree.leaves(argument)[0])
-            for argument, axis in zip(arguments, in_axes, strict=True)
-            if axis is not None
-        )
-        results = [
-            function(
-                *(
-                    a if axis is None else jax.tree.map(lambda leaf, i=i: leaf[i], a)
-                    for a, axis in zip(arguments, in_axes, strict=True)
-                )
-            )
-            for i in range(count)
-        ]
+        def of_run(index: int) -> list[Any]:
+            return [
+                argument if axis is None else jax.tree.map(lambda leaf: leaf[index], argument)
+                for argument, axis in zip(arguments, in_axes, strict=True)
+            ]
+
+        count = len(jax.tree.leaves(arguments[0])[0])
+        results = [function(*of_run(index)) for index in range(count)]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
     return each

@@ -109,15 +109,6 @@ def make_train_step(
 ) -> TrainStep:
     """Makes the pure function that takes one optimizer step.
 
-    With `ema_decay` > 0, step t, counted from 1, also updates the exponential moving average of the
-    parameters:
-
-        decay <- min(ema_decay, (1 + t) / (10 + t))
-        average <- decay * average + (1 - decay) * params
-
-    The second bound lets early averages forget the initial parameters sooner. With `ema_decay` =
-    0.999 it is the smaller one for about the first 9,000 steps.
-
     Args:
         model: the network.
         optimizer: updates its parameters.
@@ -125,7 +116,7 @@ def make_train_step(
             has a fourth argument, the `Share` of the batch that the images are.
         label_smoothing: fraction of each target that is spread evenly over all classes.
         mixup_alpha: see `augment.mixup`; 0 mixes nothing.
-        ema_decay: decay of the average, see above; 0 leaves `TrainState.average` as it is.
+        ema_decay: see `update_average`; 0 leaves `TrainState.average` as it is.
         shared: whether the step runs on several devices, within `devices.on_each`, each with its
             share of the batch and all of the state. They all end in the same state.
 
@@ -181,12 +172,30 @@ def make_train_step(
         )
         average = state.average
         if ema_decay:
-            # Without float32, the average would be float64 where JAX_ENABLE_X64 is set.
-            decay = jnp.minimum(ema_decay, (1 + step) / jnp.float32(10 + step))
-            average = optax.incremental_update(params, average, 1 - decay)
+            average = update_average(average, params, step, ema_decay)
         return TrainState(step, params, opt_state, average), sums
 
     return train_step
+
+
+def update_average(average: Any, params: Any, step: Array, ema_decay: float) -> Any:
+    """Updates the exponential moving average of the parameters after step t, counted from 1:
+
+        decay <- min(ema_decay, (1 + t) / (10 + t))
+        average <- decay * average + (1 - decay) * params
+
+    The second bound lets early averages forget the initial parameters sooner. With `ema_decay` =
+    0.999 it is the smaller one for about the first 9,000 steps.
+
+    Args:
+        average: tree of float32 arrays.
+        params: the same tree.
+        step: t.
+        ema_decay: upper bound of the decay, in (0, 1).
+    """
+    # Without float32, the average would be float64 where JAX_ENABLE_X64 is set.
+    decay = jnp.minimum(ema_decay, (1 + step) / jnp.float32(10 + step))
+    return optax.incremental_update(params, average, 1 - decay)
 
 
 def init_state(
