@@ -57,7 +57,8 @@ def test_one_change_leaves_the_draws_of_another_alone(images: Array) -> None:
     options: dict[str, Any] = {"rotation_degrees": 10.0, "horizontal_flip": True}
     plain = augment(jax.random.key(3), images, shift_pixels=2, **options)
     inverted = augment(jax.random.key(3), images, shift_pixels=2, inverted=1.0, **options)
-    np.testing.assert_allclose(inverted, 1 - plain, atol=1e-6)
+    expected = photometry.invert_garments(plain, jnp.ones(len(images), bool))
+    np.testing.assert_allclose(inverted, expected, atol=1e-6)
 
 
 def test_scale_and_shear_are_those_of_scipy() -> None:
@@ -109,4 +110,5 @@ def test_light_changes_as_the_formulas_say() -> None:
     assert flat(photometry.change_contrast(values, 0 * one)) == [0.3875] * 4
     assert flat(photometry.change_contrast(values, 10 * one)) == [0, 0, 1, 1]
     assert flat(photometry.change_brightness(values, -0.2 * one)) == [0, 0, 0.3, 0.8]
-    assert flat(photometry.invert(values, one > 0)) == [1, 0.95, 0.5, 0]
+    assert flat(photometry.invert_garments(values, one > 0)) == [0, 0.475, 0.5, 0]
+    assert flat(photometry.invert_garments(values, one < 0)) == flat(values)

@@ -280,30 +280,33 @@ def change_light(
     draws: Draws,
     images: Array,
     *,
+    inverted: float = 0.0,
     background: float = 0.0,
     gamma: float = 0.0,
     contrast: float = 0.0,
     brightness: float = 0.0,
     blur_sigma: float = 0.0,
     noise: float = 0.0,
-    inverted: float = 0.0,
 ) -> Array:
     """Changes light and camera, in the order of the options; those left at 0 have no effect.
 
     Args:
         draws: random numbers for the images.
         images: `[B, H, W, C]`, floating, in [0, 1].
+        inverted: fraction of the images in whose garments light and dark are exchanged.
         background: highest level of the flat background, uniform in [0, background].
         gamma: exponents are 2**u with u uniform in [-gamma, gamma].
         contrast: largest change of contrast, a fraction.
         brightness: largest change of brightness, in [0, 1].
         blur_sigma: largest standard deviation in pixels of a Gaussian blur.
         noise: largest standard deviation of Gaussian noise, for values in [0, 1].
-        inverted: fraction of the images that are inverted.
 
     Returns:
         `[B, H, W, C]`, in [0, 1].
     """
+    if inverted:
+        chosen = jax.random.bernoulli(named_key(draws.key, "inversion"), inverted, (draws.number,))
+        images = photometry.invert_garments(images, draws.own(chosen))
     if background:
         level = draws.uniform("background", 0, background)
         images = photometry.put_on_background(images, level)
@@ -321,7 +324,4 @@ def change_light(
         normal = draws.own(jax.random.normal(named_key(draws.key, "noise"), shape))
         amount = photometry.per_image(draws.uniform("noise level", 0, noise))
         images = photometry.add_noise(images, amount * normal)
-    if inverted:
-        chosen = jax.random.bernoulli(named_key(draws.key, "inversion"), inverted, (draws.number,))
-        images = photometry.invert(images, draws.own(chosen))
     return images

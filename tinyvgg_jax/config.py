@@ -218,7 +218,7 @@ FIELDS: dict[str, Field] = {
         float, "largest standard deviation of random noise", (_UNIT,), value_before=0.0
     ),
     "augment.inverted": Field(
-        float, "share of the images that are inverted", (_UNIT,), value_before=0.0
+        float, "share of the images whose garments are inverted", (_UNIT,), value_before=0.0
     ),
     "data.name": Field(str, "the tfds dataset", (_NOT_EMPTY,)),
     "data.data_dir": Field(_FOLDER, "tfds's folder of datasets", affects_result=False),

@@ -51,6 +51,7 @@ Evaluate a checkpoint of a run, and write a report with pictures:
 Predict the classes of pictures, files or folders of them:
   python -m tinyvgg_jax.main --mode predict --workdir runs/default IMAGE...
                              [--json] [--invert auto|yes|no] [--step N|latest|best]
+                             [--views N]
   python -m tinyvgg_jax.main --mode predict --model FILE.jax|.onnx|.tflite IMAGE...
 Draw how the network sees a picture, its feature maps and where it looked:
   python -m tinyvgg_jax.main --mode explain --workdir runs/default IMAGE
@@ -94,6 +95,7 @@ _FLIP_AVERAGING = flags.DEFINE_bool(
 )
 _JSON = flags.DEFINE_bool("json", False, "For predict: an object a line instead of a table.")
 _INVERT = flags.DEFINE_string("invert", "auto", "Whether pictures are dark on light.")
+_VIEWS = flags.DEFINE_integer("views", 1, "For predict: views of each picture to average over.")
 _OUTPUT = flags.DEFINE_string("output", None, "For explain, compare, export: the file to write.")
 _FORMAT = flags.DEFINE_string("format", None, "For export: formats, with commas between them.")
 _INT8 = flags.DEFINE_bool("int8", False, "For export: quantize to int8.")
@@ -372,11 +374,21 @@ def _predict(paths: list[str]) -> int:
     else:
         raise UserError("--mode predict takes either --model or --workdir.")
     from tinyvgg_jax.export import load
-    from tinyvgg_jax.predict import load_predictor, predict_files
+    from tinyvgg_jax.predict import Classifier, load_predictor, predict_files
     from tinyvgg_jax.report.tables import PredictionTable
+    from tinyvgg_jax.runs.folder import read_config
+    from tinyvgg_jax.views import Averaged, choose_views, saw_mirror_images
 
     _start_jax()
-    predictor = load_predictor(workdir, step) if _MODEL.value is None else load(file)
+    predictor: Classifier
+    if _MODEL.value is None:
+        predictor, config = load_predictor(workdir, step), read_config(workdir).to_dict()
+    else:
+        predictor = exported = load(file)
+        config = exported.card.get("config")
+    if _VIEWS.value != 1:
+        views = choose_views(_VIEWS.value, saw_mirror_images(config))
+        predictor = Averaged(predictor, views)
     status = 0
     table = None if _JSON.value else PredictionTable(predictor.class_names)
     for answer in predict_files(predictor, paths, invert):

@@ -19,12 +19,24 @@ def per_image(values: Array) -> Array:
     return values[:, None, None, None]
 
 
+def garments(images: Array) -> Array:
+    """Computes how much of each pixel belongs to the garment: min(v / 0.1, 1) for a value v.
+
+    Args:
+        images: `[B, H, W, C]`, of garments on black.
+
+    Returns:
+        `[B, H, W, C]`, in [0, 1]. The share rises over some values, so that edges stay smooth.
+    """
+    return jnp.minimum(images / _GARMENT, 1)
+
+
 def put_on_background(images: Array, level: Array) -> Array:
     """Replaces the black around each garment by a flat level.
 
-    A pixel of value v keeps the share min(v / 0.1, 1), so that edges stay smooth:
+    With m a pixel's share of the garment (`garments`),
 
-        v <- v + (1 - min(v / 0.1, 1)) * level
+        v <- v + (1 - m) * level
 
     Args:
         images: `[B, H, W, C]`.
@@ -33,8 +45,7 @@ def put_on_background(images: Array, level: Array) -> Array:
     Returns:
         `[B, H, W, C]`.
     """
-    garment = jnp.minimum(images / _GARMENT, 1)
-    return (images + (1 - garment) * per_image(level)).clip(0, 1)
+    return (images + (1 - garments(images)) * per_image(level)).clip(0, 1)
 
 
 def change_gamma(images: Array, exponent: Array) -> Array:
@@ -88,6 +99,21 @@ def add_noise(images: Array, noise: Array) -> Array:
     return (images + noise).clip(0, 1)
 
 
-def invert(images: Array, inverted: Array) -> Array:
-    """Inverts the images for which `inverted`, `[B]` bool, is true."""
-    return jnp.where(per_image(inverted), 1 - images, images)
+def invert_garments(images: Array, inverted: Array) -> Array:
+    """Exchanges light and dark within the garments; what is around them stays black.
+
+    With m a pixel's share of the garment (`garments`),
+
+        v <- m * (1 - v)
+
+    A dark line on light cloth becomes a light line on dark cloth. Along its edge, where it is dim,
+    a garment receives a light outline, like those of drawings.
+
+    Args:
+        images: `[B, H, W, C]`.
+        inverted: `[B]` bool, the images to change.
+
+    Returns:
+        `[B, H, W, C]`.
+    """
+    return jnp.where(per_image(inverted), garments(images) * (1 - images), images)

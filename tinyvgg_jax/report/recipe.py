@@ -103,7 +103,7 @@ def augmentations(config: ConfigDict) -> list[str]:
         f"brightness by up to {augment.brightness:g}": augment.brightness,
         f"blur up to {augment.blur_sigma:g} pixels": augment.blur_sigma,
         f"noise up to {augment.noise:g}": augment.noise,
-        f"{augment.inverted:.0%} inverted": augment.inverted,
+        f"{augment.inverted:.0%} of the garments inverted": augment.inverted,
     }
     return [words for words, is_on in options.items() if is_on]
 
