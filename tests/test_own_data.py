@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from tinyvgg_jax import load_predictor
 from tinyvgg_jax.config import validated
 from tinyvgg_jax.data import Options, find_dataset, load_splits, prepare
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.predict import FilePrediction, predict_files
+from tinyvgg_jax.runs.folder import read_dataset
 from tinyvgg_jax.runs.run import find_data
 
 COLOURS = {"red": (200, 30, 20), "green": (20, 180, 40), "Sky blue": (40, 90, 220)}
@@ -151,6 +154,9 @@ def faults(folder: Path) -> dict[str, str]:
     make_folder(folder / "case", 3)
     paint(folder / "case" / "Green" / "1.png", COLOURS["green"], 7, (20, 20))
     make_folder(folder / "half" / "train", 3)
+    for case, name in (("break", "sky\nblue"), ("blank", " "), ("bytes", os.fsdecode(b"d\xe9j"))):
+        make_folder(folder / case, 3)
+        (folder / case / "red").rename(folder / case / name)
     return {
         "nothing": "cannot be read: no such file or directory.",
         "empty": "holds no pictures in folders",
@@ -158,6 +164,9 @@ def faults(folder: Path) -> dict[str, str]:
         "single": "class 'red' in",
         "case": "names differ by case only: ['Green', 'green'].",
         "half": "needs both train and test, or neither.",
+        "break": "or bytes that are no text: 'sky\\nblue'.",
+        "blank": "bytes that are no text: ''.",
+        "bytes": "bytes that are no text: 'd\\udce9j",
     }
 
 
@@ -214,6 +223,39 @@ def test_the_command_line_trains_on_a_folder(tmp_path: Path) -> None:
     predictor = load_predictor(tmp_path / "run")
     pixels = np.asarray(red.resize((16, 16)))
     assert predictor.class_names[predictor(pixels).labels[0]] == "red"
+    # Pictures are predicted as they were prepared for training: cropped, and nothing cut out.
+    assert predictor.fit == "crop" and read_dataset(tmp_path / "run").fit == "crop"
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40], wide[:, :20] = COLOURS["red"], COLOURS["green"]
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    (answer,) = predict_files(predictor, [tmp_path / "wide.png"])
+    assert isinstance(answer, FilePrediction) and not answer.inverted
+    assert predictor.class_names[answer.probabilities.argmax()] == "red"
+    assert answer.probabilities.max() > 0.9
+
+
+def test_odd_names_of_classes_are_kept_and_shown_safely(tmp_path: Path) -> None:
+    """Text that runs from right to left, HTML, quotes, spaces around, and another script."""
+    names = ("\u202egnp.txt", "<b>x</b>", " spaced ", "日本", 'it\'s "q"')
+    for k, name in enumerate(names):
+        for i in range(12):
+            paint(
+                tmp_path / "pictures" / name / f"{i}.png", (50 * k, 200 - 40 * k, 90), i, (20, 20)
+            )
+    argv = ["--config", "quick", "--config.num_epochs=1", "--config.model.widths=(8,8)"]
+    argv += ["--config.data.name=odd", f"--config.data.source_dir={tmp_path / 'pictures'}"]
+    argv += [f"--config.data.data_dir={tmp_path / 'tfds'}", "--config.batch_size=8"]
+    run = f"--workdir={tmp_path / 'run'}"
+    command = [sys.executable, "-m", "tinyvgg_jax.main"]
+    for arguments in (argv, ["--mode=eval"], ["--mode=predict", str(tmp_path / "pictures")]):
+        done = subprocess.run(
+            [*command, run, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "\u202e" not in done.stdout + done.stderr
+    assert load_predictor(tmp_path / "run").class_names == tuple(sorted(n.strip() for n in names))
+    page = (tmp_path / "run" / "evaluation" / "report.html").read_text(encoding="utf-8")
+    assert "<b>x</b>" not in page and "&lt;b&gt;x&lt;/b&gt;" in page
 
 
 # IDX files

@@ -30,7 +30,7 @@ PICTURES = sorted((Path(__file__).parent / "pictures").iterdir())
 NAMES = ("<img src=x onerror=alert(1)>", "</script><b>", "é & \\u003c", "four", "five")
 
 
-def make_page(name: str, folder: Path) -> tuple[Path, Predictor, np.ndarray]:
+def make_page(name: str, folder: Path, fit: str = "garment") -> tuple[Path, Predictor, np.ndarray]:
     """Writes the page of an untrained network; returns it, the network and its test images."""
     model, shape = NETWORKS[name]
     model = model.clone(dtype=jnp.float32)
@@ -40,12 +40,12 @@ def make_page(name: str, folder: Path) -> tuple[Path, Predictor, np.ndarray]:
     predicted = in_jax(model, params, images).argmax(axis=1)
     # Every fourth image has another label than the predicted one.
     labels = np.where(np.arange(30) % 4, predicted, (predicted + 1) % model.num_classes)
-    card = cards.make_card(shape, names, step=3, validation_accuracy=0.5)
+    card = cards.make_card(shape, names, fit, step=3, validation_accuracy=0.5)
     path = folder / f"{name}.html"
     path.write_bytes(
         to_page(model, params, card, SplitPredictions(images, labels, predicted), "<i>run")
     )
-    return path, Predictor(model, params, shape, names), images
+    return path, Predictor(model, params, shape, names, fit), images
 
 
 @pytest.fixture(autouse=True)
@@ -310,6 +310,26 @@ def test_pictures_are_prepared_as_in_python(
     assert max(found, key=found.__getitem__) == names[labels[0]]
     np.testing.assert_allclose(list(found.values()), probabilities[0], atol=0.03)
     assert ("inverted" in page.inner_text("#about")) == picture.inverted
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_pictures_are_fitted_as_for_the_networks_training(
+    fit: str, opened: Callable[..., Any], tmp_path: Path
+) -> None:
+    path, network, _ = make_page("colour", tmp_path, fit)
+    height, width, _ = network.image_shape
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(256, size=(5, 9, 3), dtype=np.uint8))
+    coarse.resize((190, 110)).save(tmp_path / "wide.png")
+    page = opened(path)
+    give(page, tmp_path / "wide.png")
+    code = f"""() => {{ const canvas = document.getElementById("image");
+      return [...canvas.getContext("2d").getImageData(0, 0, {width}, {height}).data];
+    }}"""
+    pixels = np.reshape(page.evaluate(code), (height, width, 4))[..., :3]
+    picture = load_picture(tmp_path / "wide.png", network.image_shape, fit=fit)
+    assert np.abs(pixels - picture.pixels.astype(int)).max() <= 2
+    assert np.abs(pixels - np.roll(picture.pixels, 1, axis=1).astype(int)).max() > 20
 
 
 def test_names_are_text(opened: Callable[..., Any], tmp_path: Path) -> None:

@@ -107,8 +107,12 @@ def test_light_changes_as_the_formulas_say() -> None:
     one = jnp.ones(1)
     assert flat(photometry.put_on_background(values, 0.4 * one)) == [0.4, 0.25, 0.5, 1.0]
     assert flat(photometry.change_gamma(values, 2 * one)) == [0, 0.0025, 0.25, 1]
-    assert flat(photometry.change_contrast(values, 0 * one)) == [0.3875] * 4
-    assert flat(photometry.change_contrast(values, 10 * one)) == [0, 0, 1, 1]
-    assert flat(photometry.change_brightness(values, -0.2 * one)) == [0, 0, 0.3, 0.8]
+    # The tone is (0.5 * 0.05 + 0.5 + 1) / (0.5 + 1 + 1) = 0.61.
+    assert flat(photometry.change_contrast(values, 0 * one)) == [0, 0.305, 0.61, 0.61]
+    assert flat(photometry.change_contrast(values, 2 * one)) == [0, 0, 0.39, 1]
+    assert flat(photometry.change_brightness(values, 0.3 * one)) == [0, 0.2, 0.8, 1]
+    assert flat(photometry.change_brightness(values, -0.3 * one)) == [0, 0, 0.2, 0.7]
+    black = jnp.zeros((1, 2, 2, 1))
+    assert flat(photometry.change_contrast(black, 2 * one)) == [0] * 4
     assert flat(photometry.invert_garments(values, one > 0)) == [0, 0.475, 0.5, 0]
     assert flat(photometry.invert_garments(values, one < 0)) == flat(values)

@@ -27,6 +27,7 @@ class Recorder:
 
     image_shape = (28, 28, 1)
     class_names = ("dark", "light")
+    fit = "garment"
 
     def __init__(self) -> None:
         self.asked: list[np.ndarray] = []

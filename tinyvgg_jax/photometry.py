@@ -55,14 +55,34 @@ def change_gamma(images: Array, exponent: Array) -> Array:
 
 
 def change_contrast(images: Array, factor: Array) -> Array:
-    """Scales each image's differences from its mean: `[B, H, W, C]`, with `factor` `[B]`."""
-    mean = images.mean(axis=(1, 2, 3), keepdims=True)
-    return (mean + (images - mean) * per_image(factor)).clip(0, 1)
+    """Scales the differences from each garment's mean tone; what is around it stays black.
+
+    With m a pixel's share of the garment (`garments`), f the factor, and t = sum(m v) / sum(m)
+    the mean tone of the image's garment,
+
+        v <- m * (t + f * (v - t))
+
+    A factor of 0 leaves a flat silhouette.
+
+    Args:
+        images: `[B, H, W, C]`.
+        factor: `[B]`, not negative.
+
+    Returns:
+        `[B, H, W, C]`, in [0, 1].
+    """
+    share = garments(images)
+    size = jnp.maximum(share.sum(axis=(1, 2, 3), keepdims=True), 1)
+    tone = (share * images).sum(axis=(1, 2, 3), keepdims=True) / size
+    return (share * (tone + (images - tone) * per_image(factor))).clip(0, 1)
 
 
 def change_brightness(images: Array, offset: Array) -> Array:
-    """Adds an offset to each image: `[B, H, W, C]`, with `offset` `[B]`."""
-    return (images + per_image(offset)).clip(0, 1)
+    """Adds an offset to the garments: `[B, H, W, C]`, with `offset` `[B]`.
+
+    With m a pixel's share of the garment (`garments`), v <- v + m * offset, in [0, 1].
+    """
+    return (images + garments(images) * per_image(offset)).clip(0, 1)
 
 
 def blur(images: Array, sigma: Array, largest: float) -> Array:

@@ -210,12 +210,12 @@ def load_picture(
         path: a file in PNG, JPEG, WebP, TIFF or another format that Pillow decodes without the help
             of other programs; of any size, in colour or grey.
         image_shape: `(H, W, C)` of the network's images, C being 1 or 3.
-        invert: "auto", "yes" or "no", see `normalise`.
+        invert: "auto", "yes" or "no", see `normalise`; where nothing is cut out, "auto" means "no".
         reserve: takes the number of bytes that decoding may need, and returns a context that is
             open while they are needed. It may wait, like that of `system.MemoryBudget`, for
             pictures that other threads decode.
         fit: "garment" for `normalise`; "crop" to cut out the middle, or "pad" to keep all of the
-            picture and fill the rest with the colour of its border, both without inversion.
+            picture and fill the rest with the colour of its border.
 
     Returns:
         The picture.
@@ -238,14 +238,19 @@ def load_picture(
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image: {reason}.") from error
     if fit == "crop":
-        return Picture(_crop(pixels, image_shape), False)
+        return _maybe_inverted(_crop(pixels, image_shape), invert)
     if fit == "pad":
         ground = np.median(_border(pixels), axis=0) if background is None else background
-        return Picture(_fit(pixels, image_shape, ground), False)
+        return _maybe_inverted(_fit(pixels, image_shape, ground), invert)
     try:
         return normalise(pixels, image_shape, invert, background)
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
+
+
+def _maybe_inverted(pixels: np.ndarray, invert: str) -> Picture:
+    """Inverts pixels if that is asked for."""
+    return Picture(255 - pixels, True) if invert == "yes" else Picture(pixels, False)
 
 
 def _read(

@@ -70,12 +70,14 @@ class Predictor:
         params: its parameters.
         image_shape: `(H, W, C)` of its images.
         class_names: names of its classes, in the order of their labels.
+        fit: how its images were made of pictures, as in `pictures.load_picture`.
     """
 
     model: TinyVGG
     params: Any
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    fit: str = "garment"
 
     def __call__(self, images: ArrayLike) -> Predictions:
         """Predicts the classes of images that look like the dataset's.
@@ -183,7 +185,7 @@ def load_predictor(workdir: str | Path, step: int | str = "best") -> Predictor:
     """
     model, params = restore(workdir, step)
     info = read_dataset(local_path(workdir))
-    return Predictor(model, params, info.image_shape, info.class_names)
+    return Predictor(model, params, info.image_shape, info.class_names, info.fit)
 
 
 class Classifier(Protocol):
@@ -194,6 +196,9 @@ class Classifier(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def fit(self) -> str: ...
 
     def probabilities(self, batch: np.ndarray, size: int) -> np.ndarray: ...
 
@@ -233,13 +238,19 @@ def predict_files(
         predictor: the network.
         paths: files, and folders, which are searched for pictures with their subfolders. The number
             of other files in a folder is logged.
-        invert: "auto", "yes" or "no", as in `pictures.normalise`.
+        invert: "auto", "yes" or "no", as in `pictures.load_picture`.
 
     Yields:
         The prediction for each file, in order, or the error that says what is wrong with it.
     """
     budget = MemoryBudget(min(_MOST_MEMORY, available_memory() // 2))
-    read = partial(_read, image_shape=predictor.image_shape, invert=invert, reserve=budget.take)
+    read = partial(
+        _read,
+        image_shape=predictor.image_shape,
+        invert=invert,
+        reserve=budget.take,
+        fit=predictor.fit,
+    )
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         with quiet_pillow():

@@ -96,6 +96,11 @@ class Averaged(NamedTuple):
         """Names of the classes, in the order of their labels."""
         return self.classifier.class_names
 
+    @property
+    def fit(self) -> str:
+        """How the network's images were made of pictures."""
+        return self.classifier.fit
+
     def probabilities(self, batch: np.ndarray, size: int) -> np.ndarray:
         """Computes the mean probabilities of images `[B, H, W, C]` uint8: `[B, num_classes]`.
 

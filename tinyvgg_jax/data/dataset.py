@@ -12,6 +12,7 @@ import numpy as np
 from tinyvgg_jax.data.folder import DEFAULTS, Options
 from tinyvgg_jax.errors import UserError, first_line
 from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.pictures import FITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +22,12 @@ class DatasetInfo:
     Attributes:
         image_shape: `(H, W, C)` of the images.
         class_names: names of the classes, in the order of their labels.
+        fit: how a picture becomes such an image, as in `pictures.load_picture`.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    fit: str = "garment"
 
 
 class Range(NamedTuple):
@@ -249,13 +252,9 @@ def require_same_source(
                 f"config.data.{name} is {wanted}, and the {dataset.name} in {dataset.folder} has "
                 f"{have}. Leave it out, or pass another config.data.name."
             )
-    path = dataset.folder / prepare.SOURCE
-    if source_dir is None or not path.exists():
+    recorded = _recorded_source(dataset.folder)
+    if source_dir is None or recorded is None:
         return
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise dataset.damaged(f"{path.name}: {first_line(error)}") from error
     source = local_path(source_dir).absolute()
     if prepare.describe_source(source, options) != recorded:
         raise UserError(
@@ -339,7 +338,24 @@ def _describe(builder: Any) -> DatasetInfo:
     if builder.name == prepare.NAME and (names != prepare.CLASS_NAMES or shape[2] != 1):
         file = "label.labels.txt" if names != prepare.CLASS_NAMES else "features.json"
         raise _damaged(builder.data_path, f"{file} does not describe FashionMNIST")
-    return DatasetInfo(image_shape=shape, class_names=names)
+    source = _recorded_source(Path(builder.data_path)) or {}
+    return DatasetInfo(image_shape=shape, class_names=names, fit=source.get("fit", "garment"))
+
+
+def _recorded_source(folder: Path) -> dict[str, Any] | None:
+    """Reads what a dataset was prepared from; None if tfds, or an older version, prepared it."""
+    from tinyvgg_jax.data import prepare
+
+    path = folder / prepare.SOURCE
+    if not path.exists():
+        return None
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"{path.name}: {first_line(error)}") from error
+    if not isinstance(recorded, dict) or recorded.get("fit", "garment") not in FITS:
+        raise _damaged(folder, f"{path.name} does not describe a source")
+    return recorded
 
 
 def _class_names(folder: Path, label: Any) -> tuple[str, ...]:

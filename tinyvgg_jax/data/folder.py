@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 import os
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -167,7 +168,7 @@ def _list(folder: Path) -> list[_File]:
     else:
         of_splits = [(path, "") for path in shown]
     files = [
-        _File(picture, path.name, split)
+        _File(picture, path.name.strip(), split)
         for path, split in of_splits
         if path.is_dir() and not path.name.startswith(".")
         for picture in list_pictures(path)
@@ -188,13 +189,25 @@ def _class_names(folder: Path, files: list[_File]) -> tuple[str, ...]:
         raise UserError(
             f"{folder} has {len(names):,} folders of classes; at most 256 are possible."
         )
+    # tfds keeps the names in a text file, a line each.
+    bad = [name for name in names if not name or any(map(_breaks_a_line, name))]
+    if bad:
+        raise UserError(
+            f"{folder} has a class whose name is blank or holds line breaks, control characters or "
+            f"bytes that are no text: {bad[0]!r}."
+        )
     by_lower = collections.defaultdict(list)
     for name in names:
-        by_lower[name.strip().lower()].append(name)
+        by_lower[name.lower()].append(name)
     for alike in by_lower.values():
         if len(alike) > 1:
             raise UserError(f"{folder} has classes whose names differ by case only: {alike}.")
     return tuple(names)
+
+
+def _breaks_a_line(character: str) -> bool:
+    """Tells whether a character may break a line, or cannot be written as UTF-8."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def _decode(files: list[_File], options: Options, scratch: Path) -> _Decoded:

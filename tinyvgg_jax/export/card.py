@@ -19,13 +19,17 @@ Card = dict[str, Any]
 
 
 def make_card(
-    image_shape: tuple[int, int, int], class_names: tuple[str, ...], **facts: Any
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...],
+    fit: str = "garment",
+    **facts: Any,
 ) -> Card:
     """Makes a network's card.
 
     Args:
         image_shape: `(H, W, C)` of its images.
         class_names: the names of its classes, in the order of the labels.
+        fit: how its images were made of pictures, as in `pictures.load_picture`.
         facts: what else is known: a run's `config`, `step`, `test_accuracy`, and so on.
 
     Returns:
@@ -34,6 +38,7 @@ def make_card(
     return {
         "image_shape": list(image_shape),
         "class_names": list(class_names),
+        "fit": fit,
         "scaling": "pixels from 0 to 255, divided by 255",
         "package": f"tinyvgg_jax {__version__}",
         **facts,

@@ -49,6 +49,11 @@ class Loaded(NamedTuple):
         """Names of its classes, in the order of their labels."""
         return tuple(self.card["class_names"])
 
+    @property
+    def fit(self) -> str:
+        """How its images were made of pictures, as in `pictures.load_picture`."""
+        return str(self.card.get("fit", "garment"))
+
     def probabilities(self, batch: np.ndarray, size: int) -> np.ndarray:
         """Computes the probabilities of images.
 

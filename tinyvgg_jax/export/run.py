@@ -279,6 +279,7 @@ def _load(
     card = cards.make_card(
         info.image_shape,
         info.class_names,
+        info.fit,
         config=config.to_dict(),
         step=restored.step,
         dtype="int8" if int8 else "float32",

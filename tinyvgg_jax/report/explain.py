@@ -119,7 +119,7 @@ def explain_file(
         output: the PNG to write; by default `explain/NAME.png` in the run's folder, NAME being the
             picture's without its suffix. Where another image is explained in a file of that name
             already, it is `NAME-2.png` and so on.
-        invert: "auto", "yes" or "no", as in `pictures.normalise`.
+        invert: "auto", "yes" or "no", as in `pictures.load_picture`.
         step: as in `restore`.
 
     Returns:
@@ -131,7 +131,7 @@ def explain_file(
     workdir, path = local_path(workdir), local_path(path)
     predictor = load_predictor(workdir, step)
     with quiet_pillow():
-        picture = load_picture(path, predictor.image_shape, invert)
+        picture = load_picture(path, predictor.image_shape, invert, fit=predictor.fit)
     explanation = explain(predictor, picture.pixels)
     source = hashlib.sha256(picture.pixels.tobytes()).hexdigest()
     if output:

@@ -77,10 +77,15 @@ def read_dataset(workdir: Path) -> DatasetInfo:
 
 
 def dataset_info(content: dict[str, Any]) -> DatasetInfo | None:
-    """Reads `image_shape` and `class_names` from JSON content; None if they are not there."""
+    """Reads `image_shape`, `class_names` and `fit` from JSON content; None if they are not there.
+
+    Without `fit` it is "garment".
+    """
     from tinyvgg_jax.data import DatasetInfo
+    from tinyvgg_jax.pictures import FITS
 
     shape, names = content.get("image_shape"), content.get("class_names")
+    fit = content.get("fit", "garment")
     if (
         isinstance(shape, list)
         and len(shape) == 3
@@ -88,8 +93,9 @@ def dataset_info(content: dict[str, Any]) -> DatasetInfo | None:
         and isinstance(names, list)
         and names
         and all(isinstance(name, str) for name in names)
+        and fit in FITS
     ):
-        return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names))
+        return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names), fit)
     return None
 
 
@@ -240,6 +246,8 @@ def _dataset_content(splits: dict[str, Split], info: DatasetInfo) -> dict[str, A
     """Makes the content of `dataset.json`: image shape, class names, and sizes of the splits."""
     sizes = {name: len(split) for name, split in splits.items()}
     content = dataclasses.asdict(info) | {"num_examples": sizes}
+    if info.fit == "garment":  # As in runs from before there were others.
+        del content["fit"]
     # JSON has lists where these are tuples.
     return {name: list(x) if isinstance(x, tuple) else x for name, x in content.items()}
 

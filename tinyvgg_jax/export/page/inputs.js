@@ -23,7 +23,7 @@ export function connectInputs(card, examples, onImage, onProblem) {
     const repeat = () => take(blob, title);
     again = repeat;
     try {
-      const { pixels, inverted } = await readPicture(blob, card.image_shape, invert.value);
+      const { pixels, inverted } = await readPicture(blob, card.image_shape, card.fit, invert.value);
       if (again === repeat) onImage(pixels, { title, inverted });
     } catch (error) {
       if (!(error instanceof PictureError)) throw error;
@@ -139,7 +139,7 @@ function connectLive(card, invert, onImage, onProblem, onOpen) {
 
   function use(source, title) {
     try {
-      const { pixels, inverted } = preparePicture(source, card.image_shape, invert.value);
+      const { pixels, inverted } = preparePicture(source, card.image_shape, card.fit, invert.value);
       onImage(pixels, { title, inverted, live: true });
     } catch (error) {
       if (!(error instanceof PictureError)) throw error;

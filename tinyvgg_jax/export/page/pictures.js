@@ -19,11 +19,12 @@ export class PictureError extends Error {}
  *
  * @param blob a file in a format that the browser reads.
  * @param shape `[height, width, channels]` of the network's images.
+ * @param fit "garment" to cut a garment out, "crop" to cut the middle out, "pad" to keep all.
  * @param invert "auto", "yes" or "no".
  * @returns `{ pixels, inverted }`.
  * @throws PictureError if the file is no picture, too large or too small, or all alike.
  */
-export async function readPicture(blob, shape, invert) {
+export async function readPicture(blob, shape, fit, invert) {
   const [width, height] = await sizeOf(blob);
   if (Math.max(width, height) > LONGEST_SIDE && width * height <= MOST_PIXELS) {
     throw new PictureError(`A browser reads no side of ${Math.max(width, height).toLocaleString("en")} pixels.`);
@@ -46,7 +47,7 @@ export async function readPicture(blob, shape, invert) {
       "This picture cannot be read: it is damaged, too large, or of a kind that has no pixels, like SVG.");
   }
   try {
-    return preparePicture(bitmap, shape, invert);
+    return preparePicture(bitmap, shape, fit, invert);
   } finally {
     bitmap.close();
   }
@@ -67,11 +68,31 @@ function sizeOf(blob) {
  *
  * @returns `{ pixels, inverted }`, as `readPicture`.
  */
-export function preparePicture(source, shape, invert) {
+export function preparePicture(source, shape, fit, invert) {
   const side = DETAIL * Math.max(shape[0], shape[1]);
   const colours = shrink(source, side);
   const { pixels, background } = opaque(colours, shape[2] === 1);
-  return normalise(pixels, shape, invert, background);
+  if (fit === "garment") return normalise(pixels, shape, invert, background);
+  const [height, width, channels] = shape;
+  const levels = Array.from({ length: channels }, (_, c) => background ?? median(border(pixels, c)));
+  const fitted = fit === "crop"
+    ? resize(middle(pixels, height, width), height, width)
+    : placeOn(pixels, height, width, levels);
+  if (invert === "yes") fitted.data = fitted.data.map((value) => 255 - value);
+  return { pixels: fitted, inverted: invert === "yes" };
+}
+
+/** Cuts out the largest part of the middle that has the aspect ratio of the network's images. */
+function middle(pixels, height, width) {
+  const scale = Math.min(pixels.height / height, pixels.width / width);
+  const rows = Math.max(1, roundEven(height * scale)), columns = Math.max(1, roundEven(width * scale));
+  const top = (pixels.height - rows) >> 1, left = (pixels.width - columns) >> 1;
+  return crop(pixels, [top, top + rows], [left, left + columns]);
+}
+
+/** Resizes with antialiasing, without regard to the aspect ratio. */
+function resize(pixels, height, width) {
+  return resizeHeight(resizeWidth(pixels, width, LANCZOS), height, LANCZOS);
 }
 
 /** Reads a picture's pixels, reduced by averaging to at most `side` rows and columns: RGBA. */
@@ -164,7 +185,7 @@ export function normalise(pixels, [height, width, channels], invert, background 
     background ?? (ready ? corner(pixels, c) : median(border(pixels, c))));
   if (grey && !ready) return lightOnBlack(pixels, height, width, invert, levels[0]);
   const inverted = invert === "yes" || (invert === "auto" && grey && levels[0] > 127);
-  const fitted = ready ? pixels : fit(pixels, height, width, levels);
+  const fitted = ready ? pixels : placeOn(pixels, height, width, levels);
   if (inverted) fitted.data = fitted.data.map((value) => 255 - value);
   return { pixels: fitted, inverted };
 }
@@ -201,7 +222,7 @@ function lightOnBlack(pixels, height, width, invert, background) {
     inColumn[i % pixels.width] += 1 / pixels.height;
   });
   const cut = crop(pixels, span(inRow), span(inColumn));
-  const fitted = fit(cut, height, width, [background]);
+  const fitted = placeOn(cut, height, width, [background]);
   let values = Float64Array.from(fitted.data, (value) => (inverted ? 255 - value : value));
   const ground = inverted ? 255 - background : background;
   if (inverted === darker) {
@@ -299,12 +320,12 @@ function roundEven(number) {
 }
 
 /** Resizes to fit, keeping the aspect ratio, and centres on the background. */
-function fit(pixels, height, width, levels) {
+function placeOn(pixels, height, width, levels) {
   const { channels } = pixels;
   const scale = Math.min(height / pixels.height, width / pixels.width);
   const newHeight = Math.max(1, Math.min(height, roundEven(pixels.height * scale)));
   const newWidth = Math.max(1, Math.min(width, roundEven(pixels.width * scale)));
-  const small = resizeHeight(resizeWidth(pixels, newWidth, LANCZOS), newHeight, LANCZOS);
+  const small = resize(pixels, newHeight, newWidth);
   const data = new Uint8Array(height * width * channels);
   data.forEach((_, i) => { data[i] = roundEven(levels[i % channels]); });
   const top = (height - newHeight) >> 1, left = (width - newWidth) >> 1;

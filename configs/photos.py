@@ -1,0 +1,25 @@
+"""The default network for pictures that nobody prepared: photos and drawings of garments.
+
+python -m tinyvgg_jax.main --config photos
+python -m tinyvgg_jax.main --mode predict --workdir runs/photos PICTURES
+"""
+
+from ml_collections import ConfigDict
+
+from tinyvgg_jax.configs import best
+
+
+def get_config() -> ConfigDict:
+    config = best.get_config()
+    config.num_epochs = 10
+    config.ema_decay = 0.995
+    config.model.dropout = 0.1
+    # Shoes are seldom level in pictures, and seldom all garments equally large.
+    config.augment.rotation_degrees = 30.0
+    config.augment.scale = 0.1
+    config.augment.shift_pixels = 1
+    config.augment.cutout_size = 0
+    # Drawings have light outlines on dark cloth, or flat cloth of any tone.
+    config.augment.inverted = 0.3
+    config.augment.gamma = 0.7
+    return config
