@@ -122,6 +122,20 @@ def test_layers_are_named_whole_or_by_block() -> None:
         frozen_layers(params, ("conv1", "conv10", "dense"))
 
 
+def test_a_damaged_source_is_said(
+    config: ConfigDict, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source = shutil.copytree(trained[0], tmp_path / "source")
+    for file in (source / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    config.init_from = str(source)
+    with pytest.raises(UserError) as raised:
+        train_and_evaluate(config, tmp_path / "run")
+    assert str(raised.value).startswith("config.init_from: ") and "damaged" in str(raised.value)
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+
+
 def test_a_source_that_does_not_fit_leaves_nothing_behind(
     config: ConfigDict, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

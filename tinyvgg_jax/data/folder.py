@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinyvgg_jax.data.progress import progress
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.pictures import list_pictures, load_picture, quiet_pillow
 from tinyvgg_jax.system import MemoryBudget, available_memory
@@ -216,8 +217,6 @@ def _decode(files: list[_File], options: Options, scratch: Path) -> _Decoded:
     Raises:
         UserError: if none can be read.
     """
-    from tinyvgg_jax.data.splits import progress
-
     shape = options.image_shape()
     images = np.lib.format.open_memmap(
         scratch / "pictures.npy", "w+", np.uint8, (len(files), *shape)

@@ -1,33 +1,26 @@
 """Splits of a dataset as uint8 arrays, decoded once on each machine and then memory-mapped."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyvgg_jax import cache
 from tinyvgg_jax.data.dataset import Dataset, DatasetInfo, Range, find_dataset
 from tinyvgg_jax.data.folder import DEFAULTS, Options
+from tinyvgg_jax.data.progress import progress
 from tinyvgg_jax.errors import first_line
 
 logger = logging.getLogger(__name__)
 
 # Examples that are read from the dataset's files at a time.
 _DECODE_BATCH = 1000
-# A small dataset is decoded before anyone wonders, and then no bar is shown.
-_BAR_AFTER_SECONDS = 2.0
-# Without a terminal, a log file gets a line this often.
-_LINE_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,40 +208,3 @@ def _batches(size: int, title: str) -> Iterator[range]:
             indices = range(first, min(first + _DECODE_BATCH, size))
             yield indices
             advance(len(indices))
-
-
-@contextlib.contextmanager
-def progress(size: int, title: str) -> Iterator[Callable[[int], None]]:
-    """Shows on standard error how much is done: a bar on a terminal, a line a minute elsewhere.
-
-    Args:
-        size: number of images.
-        title: names what is done.
-
-    Yields:
-        A function that is to be called with a number of images that have just been done.
-    """
-    start = last_line = time.monotonic()
-    on_terminal, done = sys.stderr.isatty(), 0
-
-    def advance(count: int) -> None:
-        nonlocal done, last_line
-        done += count
-        bar.update(count)
-        now = time.monotonic()
-        if not on_terminal and now - last_line >= _LINE_SECONDS:
-            last_line = now
-            left = (now - start) * (size - done) / done
-            line = f"{title}: {done:,}/{size:,} images, {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
-
-    with tqdm(
-        desc=title,
-        total=size,
-        unit=" images",
-        unit_scale=True,
-        delay=_BAR_AFTER_SECONDS,
-        disable=not on_terminal,
-        leave=False,
-    ) as bar:
-        yield advance
