@@ -78,6 +78,7 @@ def _augment() -> ConfigDict:
     augment.mixup_alpha = 0.0
     # Changes for a network that is to be right on photos, too; `augment.py` explains each.
     augment.scale = 0.0
+    augment.aspect = 0.0
     augment.shear_degrees = 0.0
     augment.background = 0.0
     augment.gamma = 0.0

@@ -14,6 +14,7 @@ from tinyvgg_jax.augment import augment, rotate, transform
 
 ALL: dict[str, Any] = {
     "scale": 0.3,
+    "aspect": 0.4,
     "shear_degrees": 15.0,
     "background": 0.5,
     "gamma": 0.7,
@@ -64,14 +65,14 @@ def test_one_change_leaves_the_draws_of_another_alone(images: Array) -> None:
 def test_scale_and_shear_are_those_of_scipy() -> None:
     """Compared in the middle, because the two differ in how they treat the border."""
     image = ndimage.gaussian_filter(np.random.default_rng(1).uniform(size=(21, 21)), 2)
-    scale, lean, centre = 1.3, np.deg2rad(20.0), np.array([10.0, 10.0])
+    height, width, lean, centre = 1.3, 1.1, np.deg2rad(20.0), np.array([10.0, 10.0])
     # From an output pixel to its source, in rows and columns.
-    matrix = np.array([[1, 0], [-np.tan(lean), 1]]) / scale
+    matrix = np.array([[1 / height, 0], [-np.tan(lean) / width, 1 / width]])
     expected = ndimage.affine_transform(image, matrix, centre - matrix @ centre, order=1)
     ours = transform(
         jnp.asarray(image, jnp.float32)[None, ..., None],
         jnp.zeros(1),
-        jnp.full(1, scale),
+        jnp.array([[height, width]]),
         jnp.full(1, 20.0),
     )
     np.testing.assert_allclose(ours[0, 4:-4, 4:-4, 0], expected[4:-4, 4:-4], atol=1e-4)
@@ -79,7 +80,7 @@ def test_scale_and_shear_are_those_of_scipy() -> None:
 
 def test_a_transform_without_scale_and_shear_is_a_rotation(images: Array) -> None:
     degrees = jnp.linspace(-40, 40, len(images))
-    ones, zeros = jnp.ones(len(images)), jnp.zeros(len(images))
+    ones, zeros = jnp.ones((len(images), 2)), jnp.zeros(len(images))
     np.testing.assert_allclose(
         transform(images, degrees, ones, zeros), rotate(images, degrees), atol=1e-4
     )

@@ -37,14 +37,14 @@ def transform(
     An output pixel at (y, x) from the centre comes from
 
         (y', x') = R^-1 (y, x), where R rotates by `degrees`
-        (y / s, (x - tan(shear) * y) / s), with these
+        (y / h, (x - tan(shear) * y) / w), with these, h and w being the factors of the size
 
     Pixels that come from outside the image are black.
 
     Args:
         images: `[B, H, W, C]`, floating.
         degrees: `[B]`, anticlockwise angles.
-        scale: `[B]`, factors; None for a rotation alone.
+        scale: `[B, 2]`, factors of height and width; None for a rotation alone.
         shear: `[B]`, angles in degrees by which columns lean; None likewise.
 
     Returns:
@@ -61,9 +61,9 @@ def transform(
         source_y = cos * y + sin * x
         source_x = cos * x - sin * y
         if others:
-            factor, lean = others
-            source_x = (source_x - jnp.tan(lean) * source_y) / factor
-            source_y = source_y / factor
+            factors, lean = others
+            source_x = (source_x - jnp.tan(lean) * source_y) / factors[1]
+            source_y = source_y / factors[0]
         source_y = source_y + (H - 1) / 2
         source_x = source_x + (W - 1) / 2
         sample = partial(map_coordinates, coordinates=[source_y, source_x], order=1)
@@ -193,12 +193,13 @@ def augment(
     shift_pixels: int = 0,
     cutout_size: int = 0,
     scale: float = 0.0,
+    aspect: float = 0.0,
     shear_degrees: float = 0.0,
     **light: float,
 ) -> Array:
     """Augments each image by random changes of its own; options left at 0 or False have no effect.
 
-    First the geometry changes: rotation with scale and shear, mirroring, shift. Then light and
+    First the geometry changes: rotation with scale, aspect and shear, mirroring, shift. Then light and
     camera do, see `change_light`. Cutout comes last.
 
     Args:
@@ -213,6 +214,8 @@ def augment(
         shift_pixels: largest shift, drawn uniformly for each of the two directions.
         cutout_size: side in pixels of a square to blacken, whose centre is any pixel.
         scale: largest change of size; factors are 2**u with u uniform in [-scale, scale].
+        aspect: largest change of the shape; width / height is multiplied by 2**u with u uniform in
+            [-aspect, aspect], and the area stays.
         shear_degrees: largest angle by which columns lean, to either side.
         light: options of `change_light`.
 
@@ -223,12 +226,14 @@ def augment(
     rotation_key, flip_key = jax.random.split(key)
     # This comes before all changes, because it depends on the sum of the image's own pixels.
     flip = alternating_flips(images, epoch) if alternating_flip else None
-    if rotation_degrees or scale or shear_degrees:
+    if rotation_degrees or scale or aspect or shear_degrees:
         low, high = -rotation_degrees, rotation_degrees
         degrees = jax.random.uniform(rotation_key, (draws.number,), minval=low, maxval=high)
         others: tuple[Array, ...] = ()
-        if scale or shear_degrees:
-            others = (2 ** draws.spread("scale", scale), draws.spread("shear", shear_degrees))
+        if scale or aspect or shear_degrees:
+            size, half = draws.spread("scale", scale), draws.spread("aspect", aspect) / 2
+            factors = 2 ** jnp.stack([size - half, size + half], axis=1)
+            others = (factors, draws.spread("shear", shear_degrees))
         images = transform(images, draws.own(degrees), *others)
     if horizontal_flip and flip is None:
         flip = draws.own(jax.random.bernoulli(flip_key, shape=(draws.number,)))

@@ -190,6 +190,12 @@ FIELDS: dict[str, Field] = {
     "augment.scale": Field(
         float, "largest change of size, as a power of 2", (_NOT_NEGATIVE,), value_before=0.0
     ),
+    "augment.aspect": Field(
+        float,
+        "largest change of width / height, as a power of 2",
+        (_NOT_NEGATIVE,),
+        value_before=0.0,
+    ),
     "augment.shear_degrees": Field(
         float,
         "largest angle of a random shear",

@@ -20,6 +20,7 @@ Purpose = Literal[
     "shift",  # from the step's key: the offsets of random shifts
     "cutout",  # from the step's key: the centres of blackened squares
     "scale",  # from the step's key, like all that follow: the factors of size
+    "aspect",  # the changes of shape
     "shear",  # the angles of shear
     "background",  # the levels of the background
     "gamma",  # the exponents

@@ -150,7 +150,7 @@ def _changed(images: Array, degrees: Array, scale: Array) -> Array:
     changed = transform(
         to_float(images),
         jnp.full(number, degrees),
-        jnp.full(number, scale),
+        jnp.full((number, 2), scale),
         jnp.zeros(number),
     )
     return jnp.round(changed * 255).astype(jnp.uint8)

@@ -96,6 +96,7 @@ def augmentations(config: ConfigDict) -> list[str]:
         f"cutout of {augment.cutout_size}x{augment.cutout_size} pixels": augment.cutout_size,
         f"mixup {augment.mixup_alpha:g}": augment.mixup_alpha,
         f"scale by up to 2^{augment.scale:g}": augment.scale,
+        f"shape by up to 2^{augment.aspect:g}": augment.aspect,
         f"shear up to {augment.shear_degrees:g} degrees": augment.shear_degrees,
         f"background up to {augment.background:g}": augment.background,
         f"gamma by up to 2^{augment.gamma:g}": augment.gamma,
