@@ -1,25 +1,37 @@
 """Measures throughput, start-up time, memory and FLOP/s; prints tables and writes JSON.
 
     python -m tinyvgg_jax.benchmark [--peer torch] [--json FILE] [--cases train,infer,...]
+    python -m tinyvgg_jax.benchmark [--peer torch] --report FILE.md [--parts epochs,train,...]
 
 All contestants of a case take turns. The tables show medians over the rounds; the ratio to a peer
 is the median of the ratios within each round, so that slow phases of the machine affect both.
 """
 
 import argparse
+import ast
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from tinyvgg_jax.benchmark.cases import CASES, Setting, chosen_cases
 from tinyvgg_jax.benchmark.contest import contest
+from tinyvgg_jax.benchmark.parts import (
+    REHEARSAL,
+    Size,
+    all_parts,
+    check_fields,
+    chosen_parts,
+)
 from tinyvgg_jax.benchmark.processor import Processor, find_processor
+from tinyvgg_jax.benchmark.report import Report, circumstances
 from tinyvgg_jax.benchmark.results import entry_of, table
+from tinyvgg_jax.config import FIELDS
 from tinyvgg_jax.errors import InterruptedRunError, UserError
 from tinyvgg_jax.runs.files import json_text, writing_to
 from tinyvgg_jax.signals import raised_signals
@@ -36,15 +48,18 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process if None.
 
     Returns:
-        The exit status: 0; 2 for a file that cannot be written; 128 + signal after SIGINT or
-        SIGTERM.
+        The exit status: 0; 1 if a part of the report failed; 2 for a file that cannot be written,
+        or a field that is not right; 128 + signal after SIGINT or SIGTERM.
     """
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parse(argv)
     # By default XLA reserves most of a GPU's memory. The other contestants could not use it, and
     # the peak would not show how much is needed.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         with raised_signals():
+            if arguments.report is not None:
+                return _run_report(arguments, argv)
             _run_cases(arguments)
     except UserError as error:
         print(f"tinyvgg_jax: {error}", file=sys.stderr)
@@ -77,6 +92,24 @@ def _run_cases(arguments: argparse.Namespace) -> None:
             arguments.json.write_text(json_text(report), encoding="utf-8")
 
 
+def _run_report(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Measures the parts of a report; returns the exit status."""
+    processor = find_processor()
+    size = REHEARSAL if arguments.rehearse else Size()
+    size = size._replace(fields=size.fields | arguments.set)
+    check_fields(size)
+    setting = _setting(arguments, processor)._replace(brief=True, **size.setting)
+    parts = chosen_parts(arguments.parts, all_parts(size, setting))
+    command = shlex.join(["python", "-m", "tinyvgg_jax.benchmark", *argv])
+    environment, minutes = _environment(setting, processor), arguments.budget_minutes
+    head = circumstances(command, environment, size, minutes)
+    report = Report(arguments.report, head, parts, 60 * minutes)
+    report.measure()
+    if report.failed:
+        print(f"tinyvgg_jax: failed: {', '.join(report.failed)}", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tinyvgg_jax.benchmark", description=__doc__.splitlines()[0]
@@ -104,6 +137,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, default=Path("benchmark.json"), help="the file for all results"
     )
+    _add_report_arguments(parser)
     arguments = parser.parse_args(argv)
     for kind, given, known in (
         ("case", arguments.cases or [], CASES),
@@ -116,7 +150,57 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"{arguments.peer} is not installed")
     if arguments.rounds < 1 or arguments.seconds <= 0:
         parser.error("--rounds and --seconds must be positive")
+    if arguments.report is not None and arguments.cases is not None:
+        parser.error("--cases are not for --report, which has --parts")
+    if arguments.report is None and (arguments.parts or arguments.set or arguments.rehearse):
+        parser.error("--parts, --set and --rehearse are for --report")
+    arguments.set = dict(arguments.set)
     return arguments
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "report", "All that there is to measure on a machine, such as a GPU, in one Markdown file."
+    )
+    group.add_argument(
+        "--report", type=Path, metavar="FILE.md", help="the file, which is replaced after each part"
+    )
+    group.add_argument(
+        "--parts",
+        type=_words,
+        help="parts to measure: epochs, default, train, fast, fast-at-once, infer, best-at-once, "
+        "best; default: all, in this order",
+    )
+    group.add_argument(
+        "--budget_minutes",
+        type=float,
+        default=25.0,
+        help="time after which no new part begins; default: 25",
+    )
+    group.add_argument(
+        "--set",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a config field of all recipes, like data.data_dir=FOLDER",
+    )
+    group.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="do everything with a tiny network and few steps, in a minute, to see that it works",
+    )
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """Splits FIELD=VALUE; a value that is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in FIELDS:
+        raise argparse.ArgumentTypeError(f"{text!r} does not set a config field")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _words(text: str) -> list[str]:
@@ -140,7 +224,14 @@ def _setting(arguments: argparse.Namespace, processor: Processor) -> Setting:
 
 def _environment(setting: Setting, processor: Processor) -> dict[str, Any]:
     libraries = ["jax", "jaxlib", "flax", "optax", *([setting.peer] if setting.peer else [])]
+    import jax
+
+    devices = jax.devices()
+    runtime = " ".join(str(devices[0].client.platform_version).split())
     return {
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "runtime": f"{devices[0].platform}, {runtime}",
+        "description": str(processor),
         "processor": processor.model,
         "cpu_count": processor.cores,
         "instructions": processor.instructions,

@@ -176,11 +176,11 @@ def contest(
         RuntimeError: if a contestant fails after its first turn.
     """
     results: list[Result] = []
-    with contextlib.ExitStack() as running:
+    with contextlib.ExitStack() as opened:
         processes, numbers = [], []
         for contestant in contestants:
             try:
-                process = running.enter_context(_running(contestant, case))
+                process = opened.enter_context(running(contestant, case))
                 numbers.append(steps or _steps_in(process, seconds))
                 processes.append(process)
                 results.append(process.result)
@@ -199,8 +199,8 @@ def contest(
 
 
 @contextlib.contextmanager
-def _running(contestant: Contestant, case: dict[str, Any]) -> Iterator[Process]:
-    """Runs a contestant's process until the end of the context; at once, if by an exception."""
+def running(contestant: Contestant, case: dict[str, Any]) -> Iterator[Process]:
+    """Runs a contestant's process until the end of the context; an exception kills it at once."""
     process = Process(contestant, case)
     try:
         yield process

@@ -118,7 +118,7 @@ def _roofline_line(one: dict[str, Any]) -> str:
     if one["copy_bytes_per_second"] is None:
         return line
     return (
-        f"{line}; {one['step_bytes'] / 1e6:,.0f} MB a step by formula, the copy's rate is "
+        f"{line}; {one['step_bytes'] / 1e9:.3g} GB a step by formula, the copy's rate is "
         f"{one['copy_bytes_per_second'] / 1e9:,.0f} GB/s; {one['share_of_roof']:.0%} of the "
         f"roofline, whose {one['bound']} roof binds"
     )
