@@ -152,7 +152,7 @@ def test_a_rehearsal_does_everything(data_dir: Path, tmp_path: Path) -> None:
         rehearsal(tmp_path, data_dir, *peer),
         **options(tmp_path),
         capture_output=True,
-        timeout=500,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
