@@ -90,21 +90,27 @@ def test_no_part_or_seed_begins_after_the_time_is_over(
     path, now = tmp_path / "report.md", [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
-    def seeds() -> Generator[Progress]:
-        for done in (1, 2, 3):
-            now[0] += 50
-            yield Progress(f"| {done} |", f"{3 - done} of 3 seeds" if done < 3 else "")
+    def seeds(count: int) -> Generator[Progress]:
+        for done in range(1, count + 1):
+            now[0] += 40
+            yield Progress(
+                f"| {done} of {count} |", f"{count - done} seeds" if done < count else ""
+            )
 
-    report = Report(
-        path, "The head", [Part("seeds", "Seeds", seeds()), part("last", Progress("| 9 |"))], 90
-    )
-    report.measure()
-    assert states(path) == {
-        "seeds": "stopped: the time was over, 1 of 3 seeds left",
-        "last": "not begun: the time was over",
+    def measured(parts: list[Part]) -> dict[str, str]:
+        now[0] = 0.0
+        report = Report(path, "The head", parts, 90)
+        report.measure()
+        assert not report.failed
+        return states(path)
+
+    assert measured([Part("a", "A", seeds(4)), part("b", Progress("| 9 |"))]) == {
+        "a": "stopped: the time was over, 1 seeds left",
+        "b": "not begun: the time was over",
     }
-    assert "| 2 |" in path.read_text() and "| 9 |" not in path.read_text()
-    assert not report.failed
+    assert "| 3 of 4 |" in path.read_text() and "| 9 |" not in path.read_text()
+    # What is complete when the time is over is done.
+    assert measured([Part("a", "A", seeds(3))]) == {"a": "done in 120 s"}
 
 
 def test_the_parts_come_in_the_order_of_their_importance() -> None:
@@ -124,10 +130,10 @@ def test_wrong_fields_are_found_before_anything_is_measured() -> None:
 
 
 def test_the_time_to_a_target_ends_with_the_first_epoch_that_reaches_it() -> None:
-    ends = [9.0, 11.0, 13.5, 15.5]
+    ends = [9.0, 12.0, 14.0, 16.0]
     found = time_to_target([0.5, 0.95, 0.93, 0.96], ends, 0.94)
-    # The first epoch counts as the median of the others, 2 s, and the second took 2 s.
-    assert found == {"target_epoch": 2, "target_seconds": 11.0, "target_seconds_compiled": 4.0}
+    # The first epoch counts as the median of the others, 2 s, and the second took 3 s.
+    assert found == {"target_epoch": 2, "target_seconds": 12.0, "target_seconds_compiled": 5.0}
     assert set(time_to_target([0.5], [9.0], 0.94).values()) == {None}
     # A single epoch does not tell how long it takes without compilation.
     assert time_to_target([0.95], [9.0], 0.94)["target_seconds_compiled"] is None
