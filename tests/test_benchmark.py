@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from tinyvgg_jax.benchmark import __main__ as command
 from tinyvgg_jax.benchmark.cases import Setting, epoch, infer, train
 from tinyvgg_jax.benchmark.contest import Contestant, Result, contest, ratios
 from tinyvgg_jax.benchmark.processor import Processor, from_cpuinfo
@@ -91,7 +92,8 @@ def test_each_dtype_is_compared_with_the_best_peer_of_all_dtypes() -> None:
         {"name": "bfloat16", "peer": "peer, bfloat16", "ratio": 6.0, "rounds": [6.0, 8.0, 5.0]},
     ]
     assert entry["least_memory"] == {"name": "peer, float32", "bytes": 3 * 2**20}
-    shown = table(entry, results)
+    shown = table(entry, results, "a processor")
+    assert shown.startswith("infer, batch 1, on a processor\n")
     assert "float32: 2.50 times as fast as the fastest peer, peer, bfloat16 (rounds" in shown
     assert "3 MiB, peer, float32" in shown
     assert "peer, broken" in shown and "failed: the reason" in shown
@@ -129,6 +131,34 @@ def test_the_processor_is_named(text: str, model: str, instructions: tuple[str, 
     assert from_cpuinfo(text) == (model, instructions)
     has_bfloat16 = "bf16" in text
     assert Processor(model, 2, instructions).has_bfloat16 == has_bfloat16
+
+
+@pytest.mark.parametrize("instructions", [("AVX2",), ("AVX2", "AMX_BF16")])
+def test_bfloat16_is_left_out_where_it_would_be_imitated(
+    instructions: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The command sets it for its workers.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(command, "find_processor", lambda: Processor("Alpha", 2, instructions))
+    dtypes: list[str] = []
+
+    def run(contestants: list[Contestant], *_: Any) -> list[Result]:
+        dtypes.extend(one.case["dtype"] for one in contestants if one.is_compared)
+        return []
+
+    monkeypatch.setattr(command, "contest", run)
+    arguments = ["--cases=infer", "--inference_batch_sizes=1", f"--json={tmp_path / 'b.json'}"]
+    assert command.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert ("bfloat16 is left out" in shown) == (dtypes == ["float32"]) == (len(instructions) == 1)
+    assert f"on 2 cores of Alpha ({', '.join(instructions)})" in shown
+    dtypes.clear()
+    assert command.main([*arguments, "--dtypes=float32,bfloat16"]) == 0
+    assert dtypes == ["float32", "bfloat16"]
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_shares_are_of_the_rates_of_a_product_and_a_copy() -> None:
@@ -218,7 +248,7 @@ def test_it_measures_prints_and_writes(tmp_path: Path) -> None:
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "infer, batch 2\n" in done.stdout
+    assert "infer, batch 2, on " in done.stdout
     assert "failed" not in done.stdout
     report = json.loads((tmp_path / "benchmark.json").read_text())
     infer, stream = report["cases"]

@@ -41,6 +41,12 @@ _DEFAULT_CASES = CASES[:-1]
 DTYPES = ("float32", "bfloat16")
 
 
+_WITHOUT_BFLOAT16 = (
+    "bfloat16 is left out: this processor has no instructions for it, and software that imitates "
+    "them is slow. --dtypes float32,bfloat16 measures it all the same."
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark's command line.
 
@@ -74,19 +80,19 @@ def _run_cases(arguments: argparse.Namespace) -> None:
     """Runs the cases that were asked for; prints their tables, and writes them after each case."""
     processor = find_processor()
     setting = _setting(arguments, processor)
-    report: dict[str, Any] = {"environment": _environment(setting, processor), "cases": []}
-    print(json.dumps(report["environment"]))
-    print(f"On {processor}.")
-    if setting.on_cpu and arguments.dtypes is None and not processor.has_bfloat16:
-        print("bfloat16 is left out: this processor has no instructions for it, so that software")
-        print("imitates them, which is slow. --dtypes float32,bfloat16 measures it all the same.")
+    environment = _environment(setting, processor)
+    report: dict[str, Any] = {"environment": environment, "cases": []}
+    print(json.dumps(environment))
+    where = str(processor) if setting.on_cpu else environment["device"]
+    if _lacks_bfloat16(setting, processor):
+        print(_WITHOUT_BFLOAT16)
     sizes = arguments.batch_sizes or ([32, 256] if setting.on_cpu else [32, 512, 4096])
     names = arguments.cases or list(_DEFAULT_CASES)
     for case, contestants in chosen_cases(names, setting, sizes, arguments.inference_batch_sizes):
         results = contest(contestants, case, arguments.rounds, arguments.seconds)
         entry = entry_of(case, results)
         report["cases"].append(entry)
-        print("\n" + table(entry, results), flush=True)
+        print("\n" + table(entry, results, where), flush=True)
         # Not replaced atomically, because FILE may be a device such as /dev/stdout.
         with writing_to(arguments.json):
             arguments.json.write_text(json_text(report), encoding="utf-8")
@@ -103,6 +109,8 @@ def _run_report(arguments: argparse.Namespace, argv: list[str]) -> int:
     command = shlex.join(["python", "-m", "tinyvgg_jax.benchmark", *argv])
     environment, minutes = _environment(setting, processor), arguments.budget_minutes
     head = circumstances(command, environment, size, minutes)
+    if _lacks_bfloat16(setting, processor):
+        head += f"\n{_WITHOUT_BFLOAT16}\n"
     report = Report(arguments.report, head, parts, 60 * minutes)
     report.measure()
     if report.failed:
@@ -220,6 +228,11 @@ def _setting(arguments: argparse.Namespace, processor: Processor) -> Setting:
     if dtypes is None:
         dtypes = DTYPES if processor.has_bfloat16 or not on_cpu else DTYPES[:1]
     return Setting(on_cpu, tuple(dtypes), arguments.peer)
+
+
+def _lacks_bfloat16(setting: Setting, processor: Processor) -> bool:
+    """Tells whether a case lacks bfloat16 because it would be slow."""
+    return setting.on_cpu and not processor.has_bfloat16 and "bfloat16" not in setting.dtypes
 
 
 def _environment(setting: Setting, processor: Processor) -> dict[str, Any]:

@@ -130,14 +130,21 @@ def title_of(case: dict[str, Any]) -> str:
     return ", ".join(word for word in words if word)
 
 
-def table(entry: dict[str, Any], results: list[Result]) -> str:
-    """Formats the results of a case for the terminal."""
+def table(entry: dict[str, Any], results: list[Result], where: str) -> str:
+    """Formats the results of a case for the terminal.
+
+    Args:
+        entry: as from `entry_of`.
+        results: the results of its contestants.
+        where: the device on which they were measured.
+    """
     case = entry["case"]
     batch, is_epoch = case["batch_size"], case["kind"] == "epoch"
     columns = (
         f"{'images/s':>12}{'ms per step':>12}{'host MiB':>10}{'device MiB':>12}{'first step':>12}"
     )
-    lines = [title_of(case), f"  {'':<48}{columns}" + ("  ten epochs" if is_epoch else "")]
+    lines = [f"{title_of(case)}, on {where}"]
+    lines += [f"  {'':<48}{columns}" + ("  ten epochs" if is_epoch else "")]
     for result in results:
         if not result.seconds:
             lines.append(f"  {result.name:<48} failed: {result.error}")
