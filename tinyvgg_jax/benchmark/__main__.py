@@ -87,9 +87,11 @@ def _run_cases(arguments: argparse.Namespace) -> None:
     if _lacks_bfloat16(setting, processor):
         print(_WITHOUT_BFLOAT16)
     sizes = arguments.batch_sizes or ([32, 256] if setting.on_cpu else [32, 512, 4096])
+    inference_sizes = arguments.inference_batch_sizes or [1, 32, 256]
     names = arguments.cases or list(_DEFAULT_CASES)
-    for case, contestants in chosen_cases(names, setting, sizes, arguments.inference_batch_sizes):
-        results = contest(contestants, case, arguments.rounds, arguments.seconds)
+    rounds, seconds = arguments.rounds or 7, arguments.seconds or 1.0
+    for case, contestants in chosen_cases(names, setting, sizes, inference_sizes):
+        results = contest(contestants, case, rounds, seconds)
         entry = entry_of(case, results)
         report["cases"].append(entry)
         print("\n" + table(entry, results, where), flush=True)
@@ -102,13 +104,16 @@ def _run_report(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Measures the parts of a report; returns the exit status."""
     processor = find_processor()
     size = REHEARSAL if arguments.rehearse else Size()
-    size = size._replace(fields=size.fields | arguments.set)
+    names = ("batch_sizes", "inference_batch_sizes", "rounds", "seconds")
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    size = size._replace(fields=size.fields | arguments.set, **given)
     check_fields(size)
     setting = _setting(arguments, processor)._replace(brief=True, **size.setting)
     parts = chosen_parts(arguments.parts, all_parts(size, setting))
     command = shlex.join(["python", "-m", "tinyvgg_jax.benchmark", *argv])
     environment, minutes = _environment(setting, processor), arguments.budget_minutes
-    head = circumstances(command, environment, size, minutes)
+    head = circumstances(command, environment, arguments.rehearse, minutes)
     if _lacks_bfloat16(setting, processor):
         head += f"\n{_WITHOUT_BFLOAT16}\n"
     report = Report(arguments.report, head, parts, 60 * minutes)
@@ -128,19 +133,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch_sizes",
         type=_numbers,
-        help="batch sizes of training; default: 32,256, on a GPU 32,512,4096",
+        help="batch sizes of training; default: 32,256, on a GPU and in a report 32,512,4096",
     )
-    parser.add_argument(
-        "--inference_batch_sizes", type=_numbers, default=[1, 32, 256], help="default: 1,32,256"
-    )
+    parser.add_argument("--inference_batch_sizes", type=_numbers, help="default: 1,32,256")
     parser.add_argument(
         "--dtypes",
         type=_words,
         help="dtypes of the computation, the peer's too; default: float32,bfloat16, but only "
         "float32 on a processor without bfloat16 instructions",
     )
-    parser.add_argument("--rounds", type=int, default=7, help="number of turns of each contestant")
-    parser.add_argument("--seconds", type=float, default=1.0, help="approximate length of a turn")
+    parser.add_argument(
+        "--rounds", type=int, help="number of turns of each contestant; default: 7, in a report 5"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="approximate length of a turn; default: 1, in a report 0.5",
+    )
     parser.add_argument("--peer", choices=["torch"], help="a framework to compare with")
     parser.add_argument(
         "--json", type=Path, default=Path("benchmark.json"), help="the file for all results"
@@ -156,7 +165,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"unknown {kind} {unknown[0]!r}; choose from {', '.join(known)}")
     if arguments.peer and importlib.util.find_spec(arguments.peer) is None:
         parser.error(f"{arguments.peer} is not installed")
-    if arguments.rounds < 1 or arguments.seconds <= 0:
+    if any(given is not None and given <= 0 for given in (arguments.rounds, arguments.seconds)):
         parser.error("--rounds and --seconds must be positive")
     if arguments.report is not None and arguments.cases is not None:
         parser.error("--cases are not for --report, which has --parts")

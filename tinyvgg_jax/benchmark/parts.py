@@ -233,8 +233,10 @@ def _recipe_steps(recipe: str, size: Size, at_once: bool) -> Generator[Progress]
     with tempfile.TemporaryDirectory() as folder:
         # The first run compiles, as on a new machine, and the others find its programs.
         fresh = {
-            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            # A worker that is killed leaves its run's folder behind.
+            "TMPDIR": folder,
         }
         yield from _runs(Contestant(recipe, _RECIPE_WORKER, case, fresh), calls, size.target)
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinyvgg_jax.benchmark.parts import REHEARSAL, Part, Size
+from tinyvgg_jax.benchmark.parts import Part
 from tinyvgg_jax.errors import InterruptedRunError, first_line
 from tinyvgg_jax.runs.files import write_text
 
@@ -23,12 +23,12 @@ _EXPLANATION = (
     "Medians with the lowest and the highest of n turns; accuracies as mean ± standard deviation "
     "of n seeds. Contestants take turns, each in a process of its own; a ratio is the median of "
     "the ratios of the rounds. float32 products are TF32 on a GPU that has it. The first step ends "
-    "so long after the start of its process. Memory is the device's, or on a CPU the process's. A "
-    "run is one call of `train_and_evaluate`: data, compilation, training, validation and saving "
-    "after each epoch, evaluation of three splits; the first run of a part compiles, later ones "
-    "find its programs. The time to an accuracy runs from that call to the end of the first epoch "
-    "whose accuracy on validation reaches it; without compilation, the first epoch counts as long "
-    "as the median of the others."
+    "so long after the start of its process, which finds what earlier ones have compiled. Memory "
+    "is the device's, or on a CPU the process's. A run is one call of `train_and_evaluate`: data, "
+    "compilation, training, validation and saving after each epoch, evaluation of three splits; "
+    "the first run of a part compiles, later ones find its programs. The time to an accuracy runs "
+    "from that call to the end of the first epoch whose accuracy on validation reaches it; without "
+    "compilation, the first epoch counts as long as the median of the others."
 )
 
 
@@ -116,13 +116,15 @@ class Report:
         write_text(self._path, _PATH.sub("", "\n".join(lines)) + "\n")
 
 
-def circumstances(command: str, environment: dict[str, Any], size: Size, minutes: float) -> str:
+def circumstances(
+    command: str, environment: dict[str, Any], is_rehearsal: bool, minutes: float
+) -> str:
     """Formats the head of a report.
 
     Args:
         command: the command that makes it.
         environment: the machine and the versions, as in the JSON file.
-        size: how much is measured.
+        is_rehearsal: whether the figures have no meaning.
         minutes: the time after which no new part begins.
     """
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
@@ -137,6 +139,6 @@ def circumstances(command: str, environment: dict[str, Any], size: Size, minutes
         f"- after {minutes:g} minutes no new part begins, nor another seed of a recipe",
         "",
     ]
-    if size == REHEARSAL:
+    if is_rehearsal:
         lines += ["**A rehearsal: a tiny network, few steps, figures without a meaning.**", ""]
     return "\n".join([*lines, _EXPLANATION, ""])

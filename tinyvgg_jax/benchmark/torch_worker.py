@@ -116,17 +116,14 @@ def loaded(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Te
             yield batch.to(DEVICE, non_blocking=True), batch_labels.to(DEVICE, non_blocking=True)
 
 
-def on_device(
-    images: Tensor, labels: Tensor, batch_size: int, augment: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+def on_device(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields batches without end, from images that stay on the device."""
     images, labels = images.to(DEVICE), labels.to(DEVICE)
     while True:
         order = torch.randperm(len(labels), device=DEVICE)
         for start in range(0, len(labels) - batch_size + 1, batch_size):
             chosen = order[start : start + batch_size]
-            batch = images[chosen].float() / 255
-            yield augmented(batch) if augment else batch, labels[chosen]
+            yield images[chosen].float() / 255, labels[chosen]
 
 
 def train(case: dict[str, Any]) -> Prepared:
@@ -134,12 +131,13 @@ def train(case: dict[str, Any]) -> Prepared:
     model, forward = build(case)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
     images, labels = random_examples(case["examples"])
-    if case.get("pipeline") == "dataloader":
-        batches = loaded(images, labels, case["batch_size"])
-    else:
-        batches = on_device(images, labels, case["batch_size"], case["kind"] == "epoch")
+    is_loaded = case.get("pipeline") == "dataloader"
+    batches = (loaded if is_loaded else on_device)(images, labels, case["batch_size"])
 
     def step(batch: Tensor, batch_labels: Tensor) -> None:
+        if case["kind"] == "epoch" and not is_loaded:
+            # Within the step, so that a CUDA graph of the step holds the augmentation, too.
+            batch = formatted(case, augmented(batch))
         optimizer.zero_grad(set_to_none=case["compile"] != "cuda-graph")
         functional.cross_entropy(forward(batch), batch_labels).backward()
         optimizer.step()
