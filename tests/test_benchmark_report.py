@@ -148,6 +148,8 @@ def rehearsal(folder: Path, data_dir: Path, *arguments: str) -> list[str]:
 def options(folder: Path) -> dict[str, Any]:
     # Programs so small need no optimization, which takes longer than they run.
     environment = {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    # Threads that wait for one another, for next to no work, take long where cores are busy.
+    environment["OMP_NUM_THREADS"] = "1"
     return {"cwd": folder, "env": os.environ | environment, "text": True}
 
 

@@ -10,6 +10,13 @@ NAME = "tinyvgg_jax"
 JAX_WORKER = "tinyvgg_jax.benchmark.jax_worker"
 TORCH_WORKER = "tinyvgg_jax.benchmark.torch_worker"
 CASES = ("startup", "train", "infer", "epoch", "stream", "scale")
+# PyTorch's ways to run, by the worker's names for them.
+_WAYS = {
+    "": "eager",
+    "default": "compiled",
+    "reduce-overhead": "compiled with reduce-overhead",
+    "cuda-graph": "CUDA graph",
+}
 # Turns off the convolutions in C.
 _XLA_ONLY = {"TINYVGG_JAX_NATIVE": "0"}
 # Size of the train split; batch size and number of epochs of the paper's recipe.
@@ -133,7 +140,7 @@ def _torch(setting: Setting, training: bool) -> list[Contestant]:
         variants = [(way, last) for way, last in variants if last and way not in slow]
     return [
         Contestant(
-            f"PyTorch {dtype}, {way or 'eager'}, {'channels last' if last else 'contiguous'}",
+            f"PyTorch {dtype}, {_WAYS[way]}, {'channels last' if last else 'contiguous'}",
             TORCH_WORKER,
             {"dtype": dtype, "compile": way, "channels_last": last},
             is_peer=True,
@@ -202,7 +209,7 @@ def _torch_epochs(setting: Setting) -> list[Contestant]:
         Contestant(f"PyTorch {first}, DataLoader, eager", TORCH_WORKER, loader, is_peer=True),
         *(
             Contestant(
-                f"PyTorch {dtype}, data on the device, {way or 'eager'}",
+                f"PyTorch {dtype}, data on the device, {_WAYS[way]}",
                 TORCH_WORKER,
                 {"dtype": dtype, "compile": way, "channels_last": True},
                 is_peer=True,
