@@ -143,17 +143,18 @@ def table(entry: dict[str, Any], results: list[Result], where: str) -> str:
     columns = (
         f"{'images/s':>12}{'ms per step':>12}{'host MiB':>10}{'device MiB':>12}{'first step':>12}"
     )
+    width = max(len(result.name) for result in results) + 2 if results else 0
     lines = [f"{title_of(case)}, on {where}"]
-    lines += [f"  {'':<62}{columns}" + ("  ten epochs" if is_epoch else "")]
+    lines += [f"  {'':<{width}}{columns}" + ("  ten epochs" if is_epoch else "")]
     for result in results:
         if not result.seconds:
-            lines.append(f"  {result.name:<62} failed: {result.error}")
+            lines.append(f"  {result.name:<{width}} failed: {result.error}")
             continue
         host = result.facts["peak_host_bytes"] / 2**20
         device = result.facts.get("peak_device_bytes")
         has_images = result.case.get("kind") not in ("matmul", "copy")
         rate = f"{batch / result.median:,.0f}" if has_images else ""
-        line = f"  {result.name:<62}{rate:>12}{1e3 * result.median:>12.2f}{host:>12,.0f}"
+        line = f"  {result.name:<{width}}{rate:>12}{1e3 * result.median:>12.2f}{host:>12,.0f}"
         line += f"{device / 2**20:>12,.0f}" if device else f"{'':>12}"
         line += f"{result.first_step_seconds:>10.1f} s"
         if is_epoch:
