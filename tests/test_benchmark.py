@@ -27,6 +27,8 @@ def prepare(case):
     ran = []
 
     def run(steps):
+        if len(ran) == case.get("dies_after"):
+            sys.exit("out of memory")
         ran.append(steps)
         return steps * case["pace"]
 
@@ -64,12 +66,15 @@ def test_a_contestant_that_fails_leaves_the_others_alone(worker: dict[str, str])
     contestants = [
         Contestant("whole", "paced", {"pace": 0.5}, worker),
         Contestant("broken", "paced", {"broken": True}, worker, is_peer=True),
+        # One turn finds the number of steps, and the next is the first that counts.
+        Contestant("dying", "paced", {"pace": 0.5, "dies_after": 2}, worker, is_peer=True),
     ]
-    whole, broken = contest(contestants, {"size": 7}, rounds=2, seconds=0.5)
+    whole, broken, dying = contest(contestants, {"size": 7}, rounds=2, seconds=0.5)
     assert whole.seconds == [0.5, 0.5]
-    assert broken.seconds == []
+    assert broken.seconds == dying.seconds == []
     assert broken.error == "the reason"
-    entry = entry_of({"kind": "infer", "batch_size": 1}, [whole, broken])
+    assert dying.error == "out of memory"
+    entry = entry_of({"kind": "infer", "batch_size": 1}, [whole, broken, dying])
     assert "comparisons" not in entry
 
 

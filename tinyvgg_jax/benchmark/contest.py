@@ -67,6 +67,10 @@ class Result:
         """Median time per step over the rounds, in seconds."""
         return statistics.median(self.seconds)
 
+    def fail(self, error: Exception) -> None:
+        """Makes it the result of a contestant that failed, whatever it has measured."""
+        self.error, self.seconds = str(error), []
+
 
 class WorkerError(Exception):
     """A worker's process ended without an answer."""
@@ -163,7 +167,7 @@ def contest(
     """Runs a case with all contestants, in turns.
 
     Args:
-        contestants: the contestants; if one fails to start, the others still run.
+        contestants: the contestants; if one fails, the others still run.
         case: the case, like `{"kind": "train", "batch_size": 32, "dtype": "float32"}`.
         rounds: number of turns of each contestant.
         seconds: approximate length of a turn.
@@ -171,30 +175,31 @@ def contest(
 
     Returns:
         A result for each contestant, in their order.
-
-    Raises:
-        RuntimeError: if a contestant fails after its first turn.
     """
     results: list[Result] = []
     with contextlib.ExitStack() as opened:
-        processes, numbers = [], []
+        # The processes that have not failed, with the number of steps of their turns.
+        numbers: dict[Process, int] = {}
         for contestant in contestants:
             try:
                 process = opened.enter_context(running(contestant, case))
-                numbers.append(steps or _steps_in(process, seconds))
-                processes.append(process)
+                numbers[process] = steps or _steps_in(process, seconds)
                 results.append(process.result)
             except WorkerError as error:
                 results.append(_empty_result(contestant, case, str(error)))
-        try:
-            for _ in range(rounds):
-                for process, number in zip(processes, numbers, strict=True):
-                    time.sleep(_PAUSE_SECONDS)
+        for _ in range(rounds):
+            for process, number in list(numbers.items()):
+                time.sleep(_PAUSE_SECONDS)
+                try:
                     process.result.seconds.append(process.ask(number)["seconds"] / number)
-            for process in processes:
+                except WorkerError as error:
+                    process.result.fail(error)
+                    del numbers[process]
+        for process in numbers:
+            try:
                 process.result.facts = process.ask("facts")
-        except WorkerError as error:
-            raise RuntimeError(f"a contestant failed during the measurement: {error}") from error
+            except WorkerError as error:
+                process.result.fail(error)
     return results
 
 
