@@ -3,12 +3,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
-from tinyvgg_jax.benchmark.__main__ import _entry, step_flops
+from tinyvgg_jax.benchmark import __main__ as command
+from tinyvgg_jax.benchmark.cases import Setting, epoch, infer, train
 from tinyvgg_jax.benchmark.contest import Contestant, Result, contest, ratios
+from tinyvgg_jax.benchmark.processor import Processor, from_cpuinfo
+from tinyvgg_jax.benchmark.results import entry_of, table
+from tinyvgg_jax.benchmark.roofline import layers, roofline, step_bytes, step_flops
 
 # A worker that reports the time per step that its case asks for.
 _WORKER = """
@@ -22,6 +27,8 @@ def prepare(case):
     ran = []
 
     def run(steps):
+        if len(ran) == case.get("dies_after"):
+            sys.exit("out of memory")
         ran.append(steps)
         return steps * case["pace"]
 
@@ -59,32 +66,123 @@ def test_a_contestant_that_fails_leaves_the_others_alone(worker: dict[str, str])
     contestants = [
         Contestant("whole", "paced", {"pace": 0.5}, worker),
         Contestant("broken", "paced", {"broken": True}, worker, is_peer=True),
+        # One turn finds the number of steps, and the next is the first that counts.
+        Contestant("dying", "paced", {"pace": 0.5, "dies_after": 2}, worker, is_peer=True),
     ]
-    whole, broken = contest(contestants, {"size": 7}, rounds=2, seconds=0.5)
+    whole, broken, dying = contest(contestants, {"size": 7}, rounds=2, seconds=0.5)
     assert whole.seconds == [0.5, 0.5]
-    assert broken.seconds == []
+    assert broken.seconds == dying.seconds == []
     assert broken.error == "the reason"
-    entry = _entry({"kind": "infer", "batch_size": 1}, [whole, broken])
-    assert "ratio" not in entry
+    assert dying.error == "out of memory"
+    entry = entry_of({"kind": "infer", "batch_size": 1}, [whole, broken, dying])
+    assert "comparisons" not in entry
 
 
-def test_the_ratio_is_to_the_best_peer_and_the_median_of_the_rounds() -> None:
-    ours = Result("tinyvgg_jax", False, seconds=[1.0, 2.0, 1.0])
-    plain = Result("eager", True, seconds=[9.0, 9.0, 9.0])
-    best = Result("compiled", True, seconds=[3.0, 4.0, 2.5])
-    entry = _entry({"kind": "infer", "batch_size": 1}, [ours, plain, best])
-    assert entry["best_peer"] == "compiled"
-    assert entry["ratios"] == [3.0, 2.0, 2.5]
-    assert entry["ratio"] == 2.5
+def test_each_dtype_is_compared_with_the_best_peer_of_all_dtypes() -> None:
+    def result(name: str, seconds: list[float], mebibytes: int, **role: Any) -> Result:
+        facts = {"peak_host_bytes": mebibytes * 2**20}
+        return Result(name, seconds=seconds, facts=facts, first_step_seconds=1.0, **role)
+
+    results = [
+        result("float32", [1.0, 2.0, 1.0], 5, is_compared=True),
+        result("bfloat16", [0.5, 0.5, 0.5], 5, is_compared=True),
+        result("XLA alone", [9.0, 9.0, 9.0], 5),
+        result("peer, float32", [9.0, 9.0, 9.0], 3, is_peer=True),
+        result("peer, bfloat16", [3.0, 4.0, 2.5], 4, is_peer=True),
+        Result("peer, broken", is_peer=True, error="the reason"),
+    ]
+    entry = entry_of({"kind": "infer", "batch_size": 1}, results)
+    assert entry["comparisons"] == [
+        {"name": "float32", "peer": "peer, bfloat16", "ratio": 2.5, "rounds": [3.0, 2.0, 2.5]},
+        {"name": "bfloat16", "peer": "peer, bfloat16", "ratio": 6.0, "rounds": [6.0, 8.0, 5.0]},
+    ]
+    assert entry["least_memory"] == {"name": "peer, float32", "bytes": 3 * 2**20}
+    shown = table(entry, results, "a processor")
+    assert shown.startswith("infer, batch 1, on a processor\n")
+    assert "float32: 2.50 times as fast as the fastest peer, peer, bfloat16 (rounds" in shown
+    assert "3 MiB, peer, float32" in shown
+    assert "peer, broken" in shown and "failed: the reason" in shown
 
 
-def test_the_share_of_a_matrix_product_is_of_rates() -> None:
-    flops = step_flops(32)
-    ours = Result("tinyvgg_jax", False, seconds=[2.0])
-    product = Result("a large matrix product", False, seconds=[1.0], facts={"platform": "cpu"})
-    entry = _entry({"kind": "train", "batch_size": 32}, [ours, product])
-    assert entry["matmul_flops_per_second"] == 2 * 2048**3
-    assert entry["share_of_matmul"] == pytest.approx(flops / 2 / (2 * 2048**3))
+def test_the_peer_takes_part_in_every_dtype() -> None:
+    setting = Setting(on_cpu=True, dtypes=("float32", "bfloat16"), peer="torch")
+    for _, contestants in (train(setting, 32), infer(setting, 1), epoch(setting)):
+        peers = [one.case for one in contestants if one.is_peer]
+        for dtype in setting.dtypes:
+            own = [case for case in peers if case["dtype"] == dtype]
+            assert {case["compile"] for case in own} == {"", "default"}
+        compared = [one.case["dtype"] for one in contestants if one.is_compared]
+        assert compared == ["float32", "bfloat16"]
+    alone = Setting(on_cpu=True, dtypes=("float32",))
+    assert not any(one.is_peer for one in train(alone, 32)[1] + epoch(alone)[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "instructions"),
+    [
+        (
+            "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n"
+            "model name\t: Intel(R) Xeon(R)\npower management:\n"
+            "flags\t\t: fpu avx2 amx_bf16 avx512f avx512_bf16\n\n"
+            "processor\t: 1\nmodel name\t: another\nflags\t\t: fpu\n",
+            "Intel(R) Xeon(R), family 6 model 143",
+            ("AVX2", "AVX-512F", "AVX512_BF16", "AMX_BF16"),
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16 sve\n", "", ("NEON", "SVE", "BF16")),
+        ("", "", ()),
+    ],
+)
+def test_the_processor_is_named(text: str, model: str, instructions: tuple[str, ...]) -> None:
+    assert from_cpuinfo(text) == (model, instructions)
+    has_bfloat16 = "bf16" in text
+    assert Processor(model, 2, instructions).has_bfloat16 == has_bfloat16
+
+
+@pytest.mark.parametrize("instructions", [("AVX2",), ("AVX2", "AMX_BF16")])
+def test_bfloat16_is_left_out_where_it_would_be_imitated(
+    instructions: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The command sets it for its workers.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(command, "find_processor", lambda: Processor("Alpha", 2, instructions))
+    dtypes: list[str] = []
+
+    def run(contestants: list[Contestant], *_: Any) -> list[Result]:
+        dtypes.extend(one.case["dtype"] for one in contestants if one.is_compared)
+        return []
+
+    monkeypatch.setattr(command, "contest", run)
+    arguments = ["--cases=infer", "--inference_batch_sizes=1", f"--json={tmp_path / 'b.json'}"]
+    assert command.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert ("bfloat16 is left out" in shown) == (dtypes == ["float32"]) == (len(instructions) == 1)
+    assert f"on 2 cores of Alpha ({', '.join(instructions)})" in shown
+    dtypes.clear()
+    assert command.main([*arguments, "--dtypes=float32,bfloat16"]) == 0
+    assert dtypes == ["float32", "bfloat16"]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_shares_are_of_the_rates_of_a_product_and_a_copy() -> None:
+    case = {"kind": "train", "batch_size": 32, "dtype": "float32"}
+    flops, traffic = step_flops(32), step_bytes(32, 4)
+    product = {"kind": "matmul", "size": 1000, "dtype": "float32"}
+    for seconds, bound in ((1.0, "compute"), (1e-9, "memory")):
+        # The product takes `seconds`, and the copy moves as many bytes as a step in one second.
+        results = [
+            Result("ours", is_compared=True, case=case, seconds=[2.0]),
+            Result("product", case=product, seconds=[seconds]),
+            Result("copy", case={"kind": "copy", "bytes": traffic // 2}, seconds=[1.0]),
+        ]
+        (roof,) = entry_of(case, results)["rooflines"]
+        assert roof["bound"] == bound
+        rate = 2 * 1000**3 / seconds
+        assert roof["share_of_matmul"] == pytest.approx(flops / 2 / rate)
+        assert roof["share_of_roof"] == pytest.approx(max(flops / rate, 1.0) / 2)
+    assert roofline(case, 1.0, None)["bound"] == "compute"
 
 
 def test_scaling_is_the_median_of_the_rounds() -> None:
@@ -95,7 +193,7 @@ def test_scaling_is_the_median_of_the_rounds() -> None:
             ("2 devices", [2.0, 2.0, 2.0], 2),
         )
     )
-    entry = _entry({"kind": "scale", "batch_size": 1}, [one, two])
+    entry = entry_of({"kind": "scale", "batch_size": 1}, [one, two])
     assert entry["scaling"][1] == {"devices": 2, "speed_up": 1.5, "efficiency": 0.75}
 
 
@@ -122,6 +220,17 @@ def test_a_step_has_three_times_the_operations_of_a_forward_pass() -> None:
     assert step_flops(2) == 2 * 2 * (2 * first + 3 * others)
 
 
+def test_the_layers_have_the_parameters_of_the_network() -> None:
+    assert sum(layer.parameters for layer in layers()[0]) == 1_736_906
+    # One convolution of 1 to 2 channels at 28x28, pooled to 14x14; 392 to 3 to 10 features.
+    network = {"widths": [2], "convs_per_block": 1, "hidden": 3}
+    images, maps, pooled = 28 * 28, 28 * 28 * 2, 14 * 14 * 2
+    convolution = 2 * images + 3 * maps
+    values = convolution + 3 * maps + 2 * pooled + (3 * pooled + 4 * 3) + (3 * 3 + 4 * 10)
+    parameters = (9 * 2 + 2) + (pooled + 1) * 3 + 4 * 10
+    assert step_bytes(5, 2, network) == 5 * values * 2 + 8 * 4 * parameters
+
+
 def _run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tinyvgg_jax.benchmark", *arguments],
@@ -138,28 +247,33 @@ def test_it_measures_prints_and_writes(tmp_path: Path) -> None:
     done = _run(
         "--cases=infer,stream",
         "--inference_batch_sizes=2",
+        "--dtypes=float32",
         "--rounds=2",
         "--seconds=0.05",
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "infer, batch 2, float32" in done.stdout
+    assert "infer, batch 2, on " in done.stdout
     assert "failed" not in done.stdout
     report = json.loads((tmp_path / "benchmark.json").read_text())
     infer, stream = report["cases"]
     assert [result["name"] for result in infer["results"]] == [
-        "tinyvgg_jax",
-        "tinyvgg_jax, XLA alone",
+        "tinyvgg_jax, float32",
+        "tinyvgg_jax, float32, XLA alone",
     ]
     assert all(len(result["seconds"]) == 2 for result in infer["results"])
     assert stream["case"]["kind"] == "stream"
-    assert report["environment"]["versions"]["jax"]
+    environment = report["environment"]
+    assert environment["versions"]["jax"]
+    assert environment["processor"] in done.stdout
+    assert environment["cpu_count"] >= 1
 
 
 @pytest.mark.parametrize(
     ("argument", "word"),
     [
         ("--cases=swim", "swim"),
+        ("--dtypes=float64", "float64"),
         ("--peer=caffe", "caffe"),
         ("--rounds=0", "--rounds"),
         ("--batch_sizes=big", "--batch_sizes"),

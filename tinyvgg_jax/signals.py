@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from tinyvgg_jax.errors import InterruptedRunError
+
 logger = logging.getLogger(__name__)
 
 # Time for a library's callback to return, before Ctrl-C is raised again.
@@ -68,18 +70,45 @@ def ctrl_c(abandon: Callable[[], object]) -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
+def raised_signals() -> Iterator[None]:
+    """Makes the first SIGINT or SIGTERM raise an InterruptedRunError while the context is open."""
+
+    def interrupt(number: int) -> None:
+        name = signal.Signals(number).name
+        raise InterruptedRunError(f"interrupted by {name}; finished parts are written.", number)
+
+    with _first_signal(interrupt):
+        yield
+
+
+@contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in a list while the context is open.
 
-    Only the first signal is collected. It restores the earlier handlers, so that a second one ends
-    a run that hangs. Outside the main thread Python allows no handlers, and the list stays empty.
+    Only the first signal is collected. Outside the main thread the list stays empty.
 
     Yields:
         The numbers of the signals received so far.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+
+    def collect(number: int) -> None:
+        received.append(number)
+        logger.info("Received %s; saving ...", signal.Signals(number).name)
+
+    with _first_signal(collect):
         yield received
+
+
+@contextlib.contextmanager
+def _first_signal(act: Callable[[int], object]) -> Iterator[None]:
+    """Calls a function with the first SIGINT or SIGTERM while the context is open.
+
+    That signal restores the earlier handlers, so that a second one ends a process that hangs.
+    Outside the main thread Python allows no handlers, and nothing is called.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # A shell may have started the process in the background with SIGINT ignored; it stays ignored.
@@ -90,13 +119,12 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
     def handle(number: int, _: Any) -> None:
-        received.append(number)
         restore()
-        logger.info("Received %s; saving ...", signal.Signals(number).name)
+        act(number)
 
     for number in before:
         signal.signal(number, handle)
     try:
-        yield received
+        yield
     finally:
         restore()

@@ -1,41 +1,50 @@
 """Measures throughput, start-up time, memory and FLOP/s; prints tables and writes JSON.
 
     python -m tinyvgg_jax.benchmark [--peer torch] [--json FILE] [--cases train,infer,...]
+    python -m tinyvgg_jax.benchmark [--peer torch] --report FILE.md [--parts epochs,train,...]
 
 All contestants of a case take turns. The tables show medians over the rounds; the ratio to a peer
 is the median of the ratios within each round, so that slow phases of the machine affect both.
 """
 
 import argparse
-import dataclasses
+import ast
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-import statistics
+import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyvgg_jax.benchmark.contest import Contestant, Result, contest, ratios
-from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.benchmark.cases import CASES, Setting, chosen_cases
+from tinyvgg_jax.benchmark.contest import contest
+from tinyvgg_jax.benchmark.parts import (
+    REHEARSAL,
+    Size,
+    all_parts,
+    check_fields,
+    chosen_parts,
+)
+from tinyvgg_jax.benchmark.processor import Processor, find_processor
+from tinyvgg_jax.benchmark.report import Report, circumstances
+from tinyvgg_jax.benchmark.results import entry_of, table
+from tinyvgg_jax.config import FIELDS
+from tinyvgg_jax.errors import InterruptedRunError, UserError
 from tinyvgg_jax.runs.files import json_text, writing_to
+from tinyvgg_jax.signals import raised_signals
 
-_JAX_WORKER = "tinyvgg_jax.benchmark.jax_worker"
-_TORCH_WORKER = "tinyvgg_jax.benchmark.torch_worker"
-_NAME = "tinyvgg_jax"
-CASES = ("startup", "train", "infer", "epoch", "stream", "scale")
 # Cases that run if none are asked for: scaling is of interest to who has several devices.
 _DEFAULT_CASES = CASES[:-1]
-# Turns off the convolutions in C.
-_XLA_ONLY = {"TINYVGG_JAX_NATIVE": "0"}
-# Size of the train split; batch size and number of epochs of the paper's recipe.
-_EXAMPLES, _BATCH_SIZE, _EPOCHS = 55_000, 32, 10
-# Number of examples in the cases that need no whole split.
-_FEW_EXAMPLES = 12_800
+DTYPES = ("float32", "bfloat16")
+
+
+_WITHOUT_BFLOAT16 = (
+    "bfloat16 is left out: this processor has no instructions for it, and software that imitates "
+    "them is slow. --dtypes float32,bfloat16 measures it all the same."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,28 +54,73 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process if None.
 
     Returns:
-        The exit status: 0, or 2 if the JSON file cannot be written.
+        The exit status: 0; 1 if a part of the report failed; 2 for a file that cannot be written,
+        or a field that is not right; 128 + signal after SIGINT or SIGTERM.
     """
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parse(argv)
     # By default XLA reserves most of a GPU's memory. The other contestants could not use it, and
     # the peak would not show how much is needed.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    platform_name = _platform()
-    report: dict[str, Any] = {"environment": _environment(arguments.peer), "cases": []}
-    print(json.dumps(report["environment"]))
-    for case, contestants in _cases(arguments, platform_name):
-        results = contest(contestants, case, arguments.rounds, arguments.seconds)
-        entry = _entry(case, results)
-        report["cases"].append(entry)
-        print("\n" + _table(entry, results), flush=True)
-        try:
-            # Not replaced atomically, because FILE may be a device such as /dev/stdout.
-            with writing_to(arguments.json):
-                arguments.json.write_text(json_text(report), encoding="utf-8")
-        except UserError as error:
-            print(f"tinyvgg_jax: {error}", file=sys.stderr)
-            return 2
+    try:
+        with raised_signals():
+            if arguments.report is not None:
+                return _run_report(arguments, argv)
+            _run_cases(arguments)
+    except UserError as error:
+        print(f"tinyvgg_jax: {error}", file=sys.stderr)
+        return 2
+    except InterruptedRunError as error:
+        print(f"tinyvgg_jax: {error}", file=sys.stderr)
+        return 128 + error.signal_number
     return 0
+
+
+def _run_cases(arguments: argparse.Namespace) -> None:
+    """Runs the cases that were asked for; prints their tables, and writes them after each case."""
+    processor = find_processor()
+    setting = _setting(arguments, processor)
+    environment = _environment(setting, processor)
+    report: dict[str, Any] = {"environment": environment, "cases": []}
+    print(json.dumps(environment))
+    where = str(processor) if setting.on_cpu else environment["device"]
+    if _lacks_bfloat16(setting, processor):
+        print(_WITHOUT_BFLOAT16)
+    sizes = arguments.batch_sizes or ([32, 256] if setting.on_cpu else [32, 512, 4096])
+    inference_sizes = arguments.inference_batch_sizes or [1, 32, 256]
+    names = arguments.cases or list(_DEFAULT_CASES)
+    rounds, seconds = arguments.rounds or 7, arguments.seconds or 1.0
+    for case, contestants in chosen_cases(names, setting, sizes, inference_sizes):
+        results = contest(contestants, case, rounds, seconds)
+        entry = entry_of(case, results)
+        report["cases"].append(entry)
+        print("\n" + table(entry, results, where), flush=True)
+        # Not replaced atomically, because FILE may be a device such as /dev/stdout.
+        with writing_to(arguments.json):
+            arguments.json.write_text(json_text(report), encoding="utf-8")
+
+
+def _run_report(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Measures the parts of a report; returns the exit status."""
+    processor = find_processor()
+    size = REHEARSAL if arguments.rehearse else Size()
+    names = ("batch_sizes", "inference_batch_sizes", "rounds", "seconds")
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    size = size._replace(fields=size.fields | arguments.set, **given)
+    check_fields(size)
+    setting = _setting(arguments, processor)._replace(brief=True, **size.setting)
+    parts = chosen_parts(arguments.parts, all_parts(size, setting))
+    command = shlex.join(["python", "-m", "tinyvgg_jax.benchmark", *argv])
+    environment, minutes = _environment(setting, processor), arguments.budget_minutes
+    head = circumstances(command, environment, arguments.rehearse, minutes)
+    if _lacks_bfloat16(setting, processor):
+        head += f"\n{_WITHOUT_BFLOAT16}\n"
+    report = Report(arguments.report, head, parts, 60 * minutes)
+    report.measure()
+    if report.failed:
+        print(f"tinyvgg_jax: failed: {', '.join(report.failed)}", file=sys.stderr)
+    return 1 if report.failed else 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -74,35 +128,96 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m tinyvgg_jax.benchmark", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--cases",
-        type=_words,
-        default=list(_DEFAULT_CASES),
-        help=f"cases to run, from {','.join(CASES)}; default: all but scale",
+        "--cases", type=_words, help=f"cases to run, from {','.join(CASES)}; default: all but scale"
     )
     parser.add_argument(
         "--batch_sizes",
         type=_numbers,
-        help="batch sizes of training; default: 32,256, on a GPU 32,512,4096",
+        help="batch sizes of training; default: 32,256, on a GPU and in a report 32,512,4096",
+    )
+    parser.add_argument("--inference_batch_sizes", type=_numbers, help="default: 1,32,256")
+    parser.add_argument(
+        "--dtypes",
+        type=_words,
+        help="dtypes of the computation, the peer's too; default: float32,bfloat16, but only "
+        "float32 on a processor without bfloat16 instructions",
     )
     parser.add_argument(
-        "--inference_batch_sizes", type=_numbers, default=[1, 32, 256], help="default: 1,32,256"
+        "--rounds", type=int, help="number of turns of each contestant; default: 7, in a report 5"
     )
-    parser.add_argument("--dtypes", type=_words, help="default: float32, on a GPU float32,bfloat16")
-    parser.add_argument("--rounds", type=int, default=7, help="number of turns of each contestant")
-    parser.add_argument("--seconds", type=float, default=1.0, help="approximate length of a turn")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="approximate length of a turn; default: 1, in a report 0.5",
+    )
     parser.add_argument("--peer", choices=["torch"], help="a framework to compare with")
     parser.add_argument(
         "--json", type=Path, default=Path("benchmark.json"), help="the file for all results"
     )
+    _add_report_arguments(parser)
     arguments = parser.parse_args(argv)
-    unknown = set(arguments.cases) - set(CASES)
-    if unknown:
-        parser.error(f"unknown case {unknown.pop()!r}; choose from {', '.join(CASES)}")
+    for kind, given, known in (
+        ("case", arguments.cases or [], CASES),
+        ("dtype", arguments.dtypes or [], DTYPES),
+    ):
+        unknown = [word for word in given if word not in known]
+        if unknown:
+            parser.error(f"unknown {kind} {unknown[0]!r}; choose from {', '.join(known)}")
     if arguments.peer and importlib.util.find_spec(arguments.peer) is None:
         parser.error(f"{arguments.peer} is not installed")
-    if arguments.rounds < 1 or arguments.seconds <= 0:
+    if any(given is not None and given <= 0 for given in (arguments.rounds, arguments.seconds)):
         parser.error("--rounds and --seconds must be positive")
+    if arguments.report is not None and arguments.cases is not None:
+        parser.error("--cases are not for --report, which has --parts")
+    if arguments.report is None and (arguments.parts or arguments.set or arguments.rehearse):
+        parser.error("--parts, --set and --rehearse are for --report")
+    arguments.set = dict(arguments.set)
     return arguments
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "report", "All that there is to measure on a machine, such as a GPU, in one Markdown file."
+    )
+    group.add_argument(
+        "--report", type=Path, metavar="FILE.md", help="the file, which is replaced after each part"
+    )
+    group.add_argument(
+        "--parts",
+        type=_words,
+        help="parts to measure: epochs, default, train, fast, fast-at-once, infer, best-at-once, "
+        "best; default: all, in this order",
+    )
+    group.add_argument(
+        "--budget_minutes",
+        type=float,
+        default=25.0,
+        help="time after which no new part begins; default: 25",
+    )
+    group.add_argument(
+        "--set",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a config field of all recipes, like data.data_dir=FOLDER",
+    )
+    group.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="do everything with a tiny network and few steps, in a minute, to see that it works",
+    )
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """Splits FIELD=VALUE; a value that is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in FIELDS:
+        raise argparse.ArgumentTypeError(f"{text!r} does not set a config field")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _words(text: str) -> list[str]:
@@ -113,260 +228,38 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _platform() -> str:
+def _setting(arguments: argparse.Namespace, processor: Processor) -> Setting:
+    """Makes the circumstances that all cases share, on JAX's default device."""
     import jax
 
-    return str(jax.default_backend())
+    on_cpu = jax.default_backend() == "cpu"
+    dtypes = arguments.dtypes
+    if dtypes is None:
+        dtypes = DTYPES if processor.has_bfloat16 or not on_cpu else DTYPES[:1]
+    return Setting(on_cpu, tuple(dtypes), arguments.peer)
 
 
-def _environment(peer: str | None) -> dict[str, Any]:
-    libraries = ["jax", "jaxlib", "flax", "optax", *([peer] if peer else [])]
+def _lacks_bfloat16(setting: Setting, processor: Processor) -> bool:
+    """Tells whether a case lacks bfloat16 because it would be slow."""
+    return setting.on_cpu and not processor.has_bfloat16 and "bfloat16" not in setting.dtypes
+
+
+def _environment(setting: Setting, processor: Processor) -> dict[str, Any]:
+    libraries = ["jax", "jaxlib", "flax", "optax", *([setting.peer] if setting.peer else [])]
+    import jax
+
+    devices = jax.devices()
+    runtime = " ".join(str(devices[0].client.platform_version).split())
     return {
-        "processor": platform.processor() or platform.machine(),
-        "cpu_count": len(os.sched_getaffinity(0)),
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "runtime": f"{devices[0].platform}, {runtime}",
+        "description": str(processor),
+        "processor": processor.model,
+        "cpu_count": processor.cores,
+        "instructions": processor.instructions,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
-
-
-def _cases(
-    arguments: argparse.Namespace, device: str
-) -> Iterator[tuple[dict[str, Any], list[Contestant]]]:
-    """Lists the cases that were asked for, each with its contestants.
-
-    Args:
-        arguments: the parsed command line.
-        device: JAX's platform, such as "cpu".
-    """
-    on_cpu = device == "cpu"
-    dtypes = arguments.dtypes or (["float32"] if on_cpu else ["float32", "bfloat16"])
-    sizes = arguments.batch_sizes or ([32, 256] if on_cpu else [32, 512, 4096])
-    first = {"kind": "train", "batch_size": _BATCH_SIZE, "dtype": "float32"}
-    if "startup" in arguments.cases:
-        with tempfile.TemporaryDirectory() as folder:
-            # Both contestants share a fresh cache, so the second finds what the first compiled.
-            fresh = {"XDG_CACHE_HOME": folder, "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
-            yield (
-                first | {"examples": _FEW_EXAMPLES},
-                [
-                    Contestant(f"{_NAME}, nothing cached", _JAX_WORKER, environment=fresh),
-                    Contestant(f"{_NAME}, cached", _JAX_WORKER, environment=fresh),
-                ],
-            )
-    for dtype in dtypes:
-        if "train" in arguments.cases:
-            for size in sizes:
-                examples = max(_FEW_EXAMPLES, 100 * size)
-                case = {"kind": "train", "batch_size": size, "dtype": dtype, "examples": examples}
-                product = {"kind": "matmul", "size": 2048 if on_cpu else 8192}
-                yield (
-                    case,
-                    [
-                        *_jax_contestants(on_cpu),
-                        *_torch_contestants(arguments.peer, on_cpu, training=True),
-                        Contestant("a large matrix product", _JAX_WORKER, product),
-                    ],
-                )
-        if "infer" in arguments.cases:
-            for size in arguments.inference_batch_sizes:
-                case = {"kind": "infer", "batch_size": size, "dtype": dtype}
-                peers = _torch_contestants(arguments.peer, on_cpu, training=False)
-                yield case, [*_jax_contestants(on_cpu), *peers]
-        if "epoch" in arguments.cases:
-            case = {"kind": "epoch", "batch_size": _BATCH_SIZE, "dtype": dtype}
-            yield case | {"examples": _EXAMPLES}, _epoch_contestants(arguments.peer, on_cpu)
-    if "stream" in arguments.cases:
-        yield (
-            {"kind": "stream", "batch_size": _BATCH_SIZE, "examples": _EXAMPLES},
-            [Contestant(f"{_NAME}'s batches from the host, no model", _JAX_WORKER)],
-        )
-    if "scale" in arguments.cases:
-        for size in sizes:
-            yield (
-                {
-                    "kind": "scale",
-                    "batch_size": size,
-                    "dtype": dtypes[0],
-                    "examples": max(_FEW_EXAMPLES, 100 * size),
-                },
-                _scale_contestants(size, on_cpu),
-            )
-
-
-def _jax_contestants(on_cpu: bool) -> list[Contestant]:
-    """Lists this package's contestants: on a CPU with and without the convolutions in C."""
-    return [
-        Contestant(_NAME, _JAX_WORKER),
-        *(
-            [Contestant(f"{_NAME}, XLA alone", _JAX_WORKER, environment=_XLA_ONLY)]
-            if on_cpu
-            else []
-        ),
-    ]
-
-
-def _torch_contestants(peer: str | None, on_cpu: bool, training: bool) -> list[Contestant]:
-    """Lists PyTorch's contestants: each way to compile, in both memory layouts."""
-    if peer != "torch":
-        return []
-    ways = ["", "default"]
-    if not on_cpu:
-        ways += ["reduce-overhead", *(["cuda-graph"] if training else [])]
-    return [
-        Contestant(
-            f"PyTorch {way or 'eager'}, {'channels last' if last else 'contiguous'}",
-            _TORCH_WORKER,
-            {"compile": way, "channels_last": last},
-            is_peer=True,
-        )
-        for way in ways
-        for last in (True, False)
-    ]
-
-
-def _scale_contestants(batch_size: int, on_cpu: bool) -> list[Contestant]:
-    """Lists 1, 2, 4, ... devices that share each batch; on a CPU, four that share its cores."""
-    import jax
-
-    available = 4 if on_cpu else jax.device_count()
-    counts = [2**i for i in range(available.bit_length())]
-    return [
-        Contestant(
-            f"{count} device{'s' if count > 1 else ''}",
-            _JAX_WORKER,
-            {"num_devices": count},
-            {"JAX_NUM_CPU_DEVICES": str(count)},
-        )
-        for count in counts
-        if batch_size % count == 0
-    ]
-
-
-def _epoch_contestants(peer: str | None, on_cpu: bool) -> list[Contestant]:
-    """Lists the contestants that train epochs of the paper's recipe, with data and augmentation."""
-    contestants = [Contestant(f"{_NAME}, device pipeline", _JAX_WORKER, {"pipeline": "device"})]
-    contestants.append(Contestant(f"{_NAME}, stream pipeline", _JAX_WORKER, {"pipeline": "stream"}))
-    if on_cpu:
-        case = {"pipeline": "stream"}
-        contestants.append(Contestant(f"{_NAME}, stream, XLA alone", _JAX_WORKER, case, _XLA_ONLY))
-    if peer != "torch":
-        return contestants
-    loader = {"compile": "", "channels_last": False, "pipeline": "dataloader"}
-    ways = ["", "default"] if on_cpu else ["default", "reduce-overhead", "cuda-graph"]
-    return [
-        *contestants,
-        Contestant("PyTorch, DataLoader, eager", _TORCH_WORKER, loader, is_peer=True),
-        *(
-            Contestant(
-                f"PyTorch, data on the device, {way or 'eager'}",
-                _TORCH_WORKER,
-                {"compile": way, "channels_last": True},
-                is_peer=True,
-            )
-            for way in ways
-        ),
-    ]
-
-
-def _entry(case: dict[str, Any], results: list[Result]) -> dict[str, Any]:
-    """Makes the JSON entry of a case.
-
-    Args:
-        case: the case.
-        results: the results of its contestants; this package's own comes first.
-
-    Returns:
-        `case` and `results`; with a peer `best_peer`, `ratios` and `ratio`; with a matrix product
-        `matmul_flops_per_second`, `step_flops`, `flops_per_second` and `share_of_matmul`; for
-        several devices `scaling`, a list of their `devices`, `speed_up` and `efficiency`.
-    """
-    entry: dict[str, Any] = {"case": case, "results": [dataclasses.asdict(r) for r in results]}
-    ran = [result for result in results if result.seconds]
-    peers = [result for result in ran if result.is_peer]
-    if peers and ran[0].name.startswith(_NAME):
-        best = min(peers, key=lambda result: result.median)
-        pairs = ratios(ran[0], best)
-        entry["best_peer"] = best.name
-        entry["ratios"] = pairs
-        entry["ratio"] = statistics.median(pairs)
-    if case["kind"] == "scale" and ran:
-        entry["scaling"] = [_scaling(ran[0], result) for result in ran]
-    product = next((result for result in ran if "matrix product" in result.name), None)
-    if product and ran[0] is not product:
-        size = 2048 if product.facts["platform"] == "cpu" else 8192
-        flops = step_flops(case["batch_size"])
-        entry["matmul_flops_per_second"] = 2 * size**3 / product.median
-        entry["step_flops"] = flops
-        entry["flops_per_second"] = flops / ran[0].median
-        entry["share_of_matmul"] = entry["flops_per_second"] / entry["matmul_flops_per_second"]
-    return entry
-
-
-def _scaling(one: Result, several: Result) -> dict[str, Any]:
-    """Compares several devices with one: speed-up is t(1) / t(n), efficiency t(1) / (n t(n))."""
-    speed_up = statistics.median(ratios(several, one))
-    devices = several.facts["devices"]
-    return {"devices": devices, "speed_up": speed_up, "efficiency": speed_up / devices}
-
-
-def step_flops(batch_size: int) -> int:
-    """Counts the floating-point operations of a training step of the default network.
-
-    A convolution with C input channels and F filters on an output of H x W takes
-    2 * H * W * 9 * C * F operations for each image (multiplications and additions), a dense layer
-    from n to m features 2 * n * m. The gradients take twice as many as the forward pass, except for
-    the first layer, since no gradient with respect to the images is needed.
-    """
-    sides, channels = (28, 28, 14, 14, 7, 7), (1, 64, 64, 128, 128, 256, 256)
-    layers = [2 * side**2 * 9 * channels[i] * channels[i + 1] for i, side in enumerate(sides)]
-    layers += [2 * 2304 * 256, 2 * 256 * 10]
-    return batch_size * (3 * sum(layers) - layers[0])
-
-
-def _table(entry: dict[str, Any], results: list[Result]) -> str:
-    """Formats the results of a case for the terminal."""
-    case = entry["case"]
-    batch = case["batch_size"]
-    title = f"{case['kind']}, batch {batch}, {case.get('dtype', 'uint8')}"
-    columns = (
-        f"{'images/s':>12}{'ms per step':>12}{'host MiB':>10}{'device MiB':>12}{'first step':>12}"
-    )
-    lines = [title, f"  {'':<44}{columns}" + ("  ten epochs" if case["kind"] == "epoch" else "")]
-    for result in results:
-        if not result.seconds:
-            lines.append(f"  {result.name:<44} failed: {result.error}")
-            continue
-        host = result.facts["peak_host_bytes"] / 2**20
-        device = result.facts.get("peak_device_bytes")
-        rate = f"{batch / result.median:,.0f}" if "matrix" not in result.name else ""
-        line = f"  {result.name:<44}{rate:>12}{1e3 * result.median:>12.2f}{host:>12,.0f}"
-        line += f"{device / 2**20:>12,.0f}" if device else f"{'':>12}"
-        line += f"{result.first_step_seconds:>10.1f} s"
-        if case["kind"] == "epoch":
-            line += f"{_EPOCHS * (_EXAMPLES // batch) * result.median:>10.1f} s"
-        lines.append(line)
-    if "ratio" in entry:
-        low, high = min(entry["ratios"]), max(entry["ratios"])
-        lines.append(
-            f"  {entry['ratio']:.2f} times as fast as the best peer, {entry['best_peer']} "
-            f"(rounds from {low:.2f} to {high:.2f})"
-        )
-    for one in entry.get("scaling", [])[1:]:
-        line = f"  {one['devices']} devices: {one['speed_up']:.2f} times as fast as one"
-        lines.append(f"{line}, efficiency {one['efficiency']:.0%}")
-    if "scaling" in entry and results[0].facts.get("platform") == "cpu":
-        lines.append("  These devices share the cores of one CPU, so together they have no more.")
-    if "share_of_matmul" in entry:
-        step, rate = entry["step_flops"] / 1e9, entry["flops_per_second"] / 1e9
-        product = entry["matmul_flops_per_second"] / 1e9
-        lines.append(
-            f"  {step:.1f} GFLOP per step by formula: {rate:,.0f} GFLOP/s, "
-            f"{entry['share_of_matmul']:.0%} of the matrix product's {product:,.0f} GFLOP/s"
-        )
-        counted = results[0].facts.get("counted_flops")
-        if counted:
-            lines.append(f"  XLA counts {counted / 1e9:.1f} GFLOP, without those of the C code")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

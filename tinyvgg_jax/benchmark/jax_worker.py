@@ -1,4 +1,7 @@
-"""The worker of this package's contestants, which `contest` starts as a process."""
+"""The worker of this package's contestants, which `contest` starts as a process.
+
+A case may have the field `network`, with fields of `TinyVGG` that differ from the defaults.
+"""
 
 import functools
 import itertools
@@ -33,6 +36,7 @@ def prepare(case: dict[str, Any]) -> Prepared:
         "infer": infer,
         "stream": stream_only,
         "matmul": matmul,
+        "copy": copy,
     }
     return kinds[case["kind"]](case)
 
@@ -50,9 +54,14 @@ def synthetic_split(size: int) -> Split:
     return Split(images, rng.integers(10, size=size).astype(np.int32))
 
 
+def network(case: dict[str, Any]) -> TinyVGG:
+    """Builds the network of a case, as training builds it."""
+    return TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True, **case.get("network", {}))
+
+
 def train(case: dict[str, Any]) -> Prepared:
     """Prepares training steps, with augmentation if the kind is "epoch"."""
-    model = TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True)
+    model = network(case)
     optimizer = make_optimizer(lambda _: 0.01, 0.9)
     augmentation: Augmentation = lambda _, images, *__: images  # noqa: E731
     if case["kind"] == "epoch":
@@ -114,7 +123,7 @@ def xla_flops(step: Any, init: Any, case: dict[str, Any]) -> float | None:
 
 def infer(case: dict[str, Any]) -> Prepared:
     """Prepares inference: the logits of a batch, one call after the other."""
-    model = TinyVGG(dtype=jnp.dtype(case["dtype"]), native=True)
+    model = network(case)
     images = jnp.asarray(synthetic_split(case["batch_size"]).images / np.float32(255))
     # NumPy draws the parameters, because `model.init` would compile a program that users who
     # restore parameters from a file do not need.
@@ -169,6 +178,27 @@ def matmul(case: dict[str, Any]) -> Prepared:
         for _ in range(steps):
             product = multiply(a, a)
         product.block_until_ready()
+        return time.perf_counter() - start
+
+    run(1)
+    return Prepared(run, device_facts)
+
+
+def copy(case: dict[str, Any]) -> Prepared:
+    """Prepares copies of a large array, which run near the highest rate of the device's memory.
+
+    Reading and writing count: a step moves twice the case's `bytes`.
+    """
+    array = jnp.zeros(case["bytes"] // 4, jnp.float32)
+    # An addition, because XLA could leave out a mere copy; donated, so that two arrays are enough.
+    increment = jax.jit(lambda a: a + 1, donate_argnums=0)
+
+    def run(steps: int) -> float:
+        nonlocal array
+        start = time.perf_counter()
+        for _ in range(steps):
+            array = increment(array)
+        array.block_until_ready()
         return time.perf_counter() - start
 
     run(1)

@@ -2,11 +2,12 @@
 
 A case has two more fields than those of `jax_worker`: `channels_last`, and `compile`, which is ""
 (eager), "default", "reduce-overhead" (`torch.compile` with CUDA graphs of the forward and backward
-passes) or "cuda-graph" (one graph of the whole step, captured by hand).
+passes) or "cuda-graph" (one graph of the whole step, captured by hand). Any `dtype` but float32 is
+computed by `torch.autocast`, which leaves the parameters and the loss in float32.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,22 +29,25 @@ def prepare(case: dict[str, Any]) -> Prepared:
     return infer(case) if case["kind"] == "infer" else train(case)
 
 
-def tiny_vgg() -> nn.Sequential:
-    """Builds the network of `TinyVGG`'s defaults."""
+def tiny_vgg(
+    widths: Sequence[int] = (64, 128, 256), convs_per_block: int = 2, hidden: int = 256
+) -> nn.Sequential:
+    """Builds the network of `TinyVGG` for images of 28x28 pixels and 10 classes."""
     layers: list[nn.Module] = []
-    channels = 1
-    for width in (64, 128, 256):
-        for _ in range(2):
+    channels, side = 1, 28
+    for width in widths:
+        for _ in range(convs_per_block):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2))
-    head = [nn.Flatten(), nn.Linear(9 * 256, 256), nn.ReLU(inplace=True), nn.Linear(256, 10)]
-    return nn.Sequential(*layers, *head)
+        side //= 2
+    head = [nn.Flatten(), nn.Linear(side**2 * channels, hidden), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *head, nn.Linear(hidden, 10))
 
 
 def build(case: dict[str, Any]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """Builds the module, and the function from images to logits, compiled as the case says."""
-    model: nn.Module = tiny_vgg().to(DEVICE)
+    model: nn.Module = tiny_vgg(**case.get("network", {})).to(DEVICE)
     if case["channels_last"]:
         model = model.to(memory_format=torch.channels_last)
     forward: Callable[[Tensor], Tensor] = model
@@ -112,17 +116,14 @@ def loaded(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Te
             yield batch.to(DEVICE, non_blocking=True), batch_labels.to(DEVICE, non_blocking=True)
 
 
-def on_device(
-    images: Tensor, labels: Tensor, batch_size: int, augment: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+def on_device(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields batches without end, from images that stay on the device."""
     images, labels = images.to(DEVICE), labels.to(DEVICE)
     while True:
         order = torch.randperm(len(labels), device=DEVICE)
         for start in range(0, len(labels) - batch_size + 1, batch_size):
             chosen = order[start : start + batch_size]
-            batch = images[chosen].float() / 255
-            yield augmented(batch) if augment else batch, labels[chosen]
+            yield images[chosen].float() / 255, labels[chosen]
 
 
 def train(case: dict[str, Any]) -> Prepared:
@@ -130,12 +131,13 @@ def train(case: dict[str, Any]) -> Prepared:
     model, forward = build(case)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
     images, labels = random_examples(case["examples"])
-    if case.get("pipeline") == "dataloader":
-        batches = loaded(images, labels, case["batch_size"])
-    else:
-        batches = on_device(images, labels, case["batch_size"], case["kind"] == "epoch")
+    is_loaded = case.get("pipeline") == "dataloader"
+    batches = (loaded if is_loaded else on_device)(images, labels, case["batch_size"])
 
     def step(batch: Tensor, batch_labels: Tensor) -> None:
+        if case["kind"] == "epoch" and not is_loaded:
+            # Within the step, so that a CUDA graph of the step holds the augmentation, too.
+            batch = formatted(case, augmented(batch))
         optimizer.zero_grad(set_to_none=case["compile"] != "cuda-graph")
         functional.cross_entropy(forward(batch), batch_labels).backward()
         optimizer.step()
@@ -188,7 +190,8 @@ def captured(
 def infer(case: dict[str, Any]) -> Prepared:
     """Prepares inference: the logits of a batch, one call after the other."""
     model, forward = build(case)
-    model.eval()
+    # Autocast would convert the parameters in every call, since no gradient needs the float32 ones.
+    model.eval().to(getattr(torch, case["dtype"]))
     images = formatted(case, (random_examples(case["batch_size"])[0].float() / 255).to(DEVICE))
 
     def run(calls: int) -> float:
