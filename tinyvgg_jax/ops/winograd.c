@@ -48,8 +48,10 @@
 
 /* ---- The convolution */
 
-/* The product of so many tiles is transformed back while it is in the first-level cache. */
-#define STRIP (2 * ROWS)
+/* The product of so many tiles with so many panels of output channels is transformed back while it
+   is in the cache. */
+#define STRIP ROWS
+#define WIDTH 4
 
 typedef struct {
   Plan plan;
@@ -137,19 +139,23 @@ static void transform_tiles(const Forward *f, long first, long n, float *v, floa
     }
 }
 
-/* Multiplies n tiles by one panel of the kernel, m = v u for each of the 16 elements, and transforms
-   back. */
+/* Multiplies n tiles by panels `panel` to `end` - 1 of the kernel, m = v u for each of the 16
+   elements, and transforms back. */
 static INLINE void multiply_tiles(const Forward *f, long first, long n, const float *v, long panel,
-                                  const float *u, long u_step, float *m, float *nowhere, int pairs) {
-  long from = panel * COLUMNS, columns = min(f->plan.O - from, COLUMNS);
+                                  long end, const float *u, long u_step, float *m, float *nowhere,
+                                  int pairs) {
+  long from = panel * COLUMNS, columns = min(end * COLUMNS, f->plan.O) - from;
+  long m_row = (end - panel) * COLUMNS;
   for (long t = 0; t < n; t += STRIP) {
     long tiles = min(n - t, STRIP);
     for (int k = 0; k < 16; k++)
-      product(round_up(tiles, ROWS), f->depth, v + k * f->v_step + t * f->depth, f->depth, 1,
-              u + k * u_step, COLUMNS, m + k * f->m_step, COLUMNS, 0, pairs);
+      for (long p = 0; p < end - panel; p++)
+        product(round_up(tiles, ROWS), f->depth, v + k * f->v_step + t * f->depth, f->depth, 1,
+                u + k * u_step + p * f->depth * COLUMNS, COLUMNS,
+                m + k * f->m_step + p * COLUMNS, m_row, 0, pairs);
     for (long i = 0; i < tiles; i++)
-      transform_output(&f->plan, m + i * COLUMNS, f->m_step, &f->output, first + t + i, from,
-                       columns, nowhere);
+      transform_output(&f->plan, m + i * m_row, f->m_step, &f->output, first + t + i, from, columns,
+                       nowhere);
   }
 }
 
@@ -161,7 +167,7 @@ static void convolve_chunk(void *argument, long index) {
   long u_step = f->u ? f->u_step : f->depth * COLUMNS + 16, one_u = f->u ? 0 : 16 * u_step;
   long scratch_size = 16 * round_up(plan->C, 32);
   size_t size;
-  float *v = borrow(16 * (f->v_step + f->m_step) + one_u + scratch_size + COLUMNS, &size);
+  float *v = borrow(16 * (f->v_step + f->m_step) + one_u + scratch_size + WIDTH * COLUMNS, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
     return;
@@ -171,13 +177,15 @@ static void convolve_chunk(void *argument, long index) {
   long panels = plan->O_up / COLUMNS, group = index % f->groups;
   long first = index / f->groups * plan->chunk, n = min(plan->chunk, plan->tiles - first);
   transform_tiles(f, first, n, v, scratch);
-  for (long p = panels * group / f->groups; p < panels * (group + 1) / f->groups; p++) {
-    const float *u = f->u ? f->u + p * f->depth * COLUMNS : one;
-    if (!f->u) transform_panel(f, p, one, u_step);
+  long panel = panels * group / f->groups, last = panels * (group + 1) / f->groups;
+  for (long end; panel < last; panel = end) {
+    end = f->u ? min(panel + WIDTH, last) : panel + 1;
+    const float *u = f->u ? f->u + panel * f->depth * COLUMNS : one;
+    if (!f->u) transform_panel(f, panel, one, u_step);
     if (plan->pairs)
-      multiply_tiles(f, first, n, v, p, u, u_step, m, nowhere, 1);
+      multiply_tiles(f, first, n, v, panel, end, u, u_step, m, nowhere, 1);
     else
-      multiply_tiles(f, first, n, v, p, u, u_step, m, nowhere, 0);
+      multiply_tiles(f, first, n, v, panel, end, u, u_step, m, nowhere, 0);
   }
   give_back(v, size);
 }
@@ -358,10 +366,12 @@ static void plan_convolution(Forward *f, const XLA_FFI_Buffer *images, long C, l
                              const float *zeros) {
   Plan *plan = &f->plan;
   f->depth = HAS_PAIRS && images->dtype == XLA_FFI_DataType_BF16 ? (C + 1) / 2 : C;
-  make_plan(plan, images, C, O, f->output.maxima != NULL, 16 * f->depth, zeros);
+  /* With few input channels a chunk of that size would be all tiles, and leave no other tasks. */
+  long elements = 16 * max(f->depth, 32);
+  make_plan(plan, images, C, O, f->output.maxima != NULL, elements, zeros);
   f->groups = min(plan->O_up / COLUMNS, (threads + plan->chunks - 1) / plan->chunks);
   f->v_step = plan->chunk * f->depth + ROWS + 16;
-  f->m_step = STRIP * COLUMNS + 16;
+  f->m_step = STRIP * WIDTH * COLUMNS + 16;
   f->u_step = f->depth * plan->O_up + 16;
   if (!f->output.bias) f->output.bias = zeros;
 }
