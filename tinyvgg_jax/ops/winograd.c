@@ -198,7 +198,8 @@ typedef struct {
   Gate gate;   /* where the gradient goes through */
   float *sums; /* for each piece, v' m [16, C_up, O_up] and the gradient's sum [O_up] */
   void *of_kernel, *of_bias;
-  long pieces, C_up;             /* C_up: C, rounded up to a multiple of ROWS */
+  long pieces;
+  long C_up; /* C, rounded up to a multiple of ROWS; nobody reads the sums of the rows from C on */
   long product_size, piece_size; /* in elements */
   /* Distance in elements from one tile, or pair of tiles, to the next, and from one of its 16
      elements to the next. */

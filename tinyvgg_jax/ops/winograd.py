@@ -29,10 +29,8 @@ from tinyvgg_jax.ops.varying import vary_alike
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("winograd.c")
-# The source is one translation unit, which includes these.
-_HEADERS = tuple(
-    _SOURCE.with_name(f"{name}.h") for name in ("buffers", "numbers", "product", "threads", "tiles")
-)
+# They are included by the source, which is all that is compiled.
+_HEADERS = tuple(sorted(_SOURCE.parent.glob("*.h")))
 _TARGETS = (
     "tinyvgg_convolution_relu",
     "tinyvgg_convolution_relu_pool",
