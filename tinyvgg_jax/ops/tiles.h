@@ -2,8 +2,8 @@
 
 typedef struct {
   long B, H, W, C, O;
-  int bf16;  /* whether pixels are bfloat16 */
-  int pairs; /* whether the products take them in pairs */
+  int bf16;  /* 1 if pixels are bfloat16, else 0 */
+  int pairs; /* 1 if the products take them in pairs */
   long tiles_h, tiles_w, tiles;
   long O_up;          /* O, rounded up to whole panels of COLUMNS */
   long chunk;         /* tiles in a chunk, a multiple of ROWS */
@@ -17,6 +17,11 @@ typedef struct {
 #define CHUNK_ELEMENTS (256 * 1024)
 #define MIN_CHUNK (4 * ROWS)
 
+/* Tells if the products of these images take bfloat16 numbers in pairs. */
+static int takes_pairs(const XLA_FFI_Buffer *images) {
+  return HAS_PAIRS && images->dtype == XLA_FFI_DataType_BF16;
+}
+
 /* Plans a convolution of images [B, H, W, any] from C to O channels, with `elements` elements of
    buffers for each tile. `only_squares` leaves out an odd last row or column, which belongs to no
    square of the pooling. */
@@ -27,7 +32,7 @@ static void make_plan(Plan *plan, const XLA_FFI_Buffer *images, long C, long O, 
   plan->O = O;
   plan->O_up = round_up(O, COLUMNS);
   plan->bf16 = images->dtype == XLA_FFI_DataType_BF16;
-  plan->pairs = HAS_PAIRS && plan->bf16;
+  plan->pairs = takes_pairs(images);
   plan->tiles_h = (plan->H + !only_squares) / 2;
   plan->tiles_w = (plan->W + !only_squares) / 2;
   plan->tiles = plan->B * plan->tiles_h * plan->tiles_w;
@@ -45,7 +50,7 @@ static INLINE const void *pixel(const Plan *plan, const void *array, long i) {
 }
 
 /* Calls a transformation with a constant as its last argument, `bf16`. */
-#define FOR_PIXELS_OF(plan, transformation, ...) \
+#define FOR_DTYPE_OF(plan, transformation, ...) \
   ((plan)->bf16 ? transformation(__VA_ARGS__, 1) : transformation(__VA_ARGS__, 0))
 
 /* Finds the tile's pixels: the n x n addresses of rows and columns `from` to `from` + n - 1,
@@ -131,7 +136,7 @@ static INLINE void transform_4x4(long C, const void **d, const void **outputs,
 static void transform_pixels(const Plan *plan, const void *x, long tile, float *v, long step) {
   const void *pixels[16];
   locate(plan, x, plan->C, tile, -1, 4, pixels);
-  FOR_PIXELS_OF(plan, transform_4x4, plan->C, pixels, NULL, NULL, v, step);
+  FOR_DTYPE_OF(plan, transform_4x4, plan->C, pixels, NULL, NULL, v, step);
 }
 
 static void transform_relu_gradient(const Plan *plan, const void *gradient, const void *y,
@@ -139,7 +144,7 @@ static void transform_relu_gradient(const Plan *plan, const void *gradient, cons
   const void *pixels[16], *outputs[16];
   locate(plan, gradient, plan->C, tile, -1, 4, pixels);
   locate(plan, y, plan->C, tile, -1, 4, outputs);
-  FOR_PIXELS_OF(plan, transform_4x4, plan->C, pixels, outputs, NULL, v, step);
+  FOR_DTYPE_OF(plan, transform_4x4, plan->C, pixels, outputs, NULL, v, step);
 }
 
 static void transform_pooled_gradient(const Plan *plan, const void *gradient_share,
@@ -156,7 +161,7 @@ static void transform_pooled_gradient(const Plan *plan, const void *gradient_sha
       shares[3 * i + j] = inside ? pixel(plan, gradient_share, at) : plan->zeros;
       masks[3 * i + j] = inside ? maxima + at : (const uint8_t *)plan->zeros;
     }
-  FOR_PIXELS_OF(plan, transform_4x4, plan->C, shares, NULL, masks, v, step);
+  FOR_DTYPE_OF(plan, transform_4x4, plan->C, shares, NULL, masks, v, step);
 }
 
 /* v = B' d B for the input x of a convolution: images, or a gradient that goes through `gate`. */
@@ -207,11 +212,11 @@ static void transform_gradient(const Plan *plan, const void *gradient, Gate gate
   const void *pixels[4] = {pixel(plan, gradient, tile * plan->O)}, *outputs[4];
   if (gate.maxima) {
     const uint8_t *maxima = gate.maxima + tile * plan->O;
-    FOR_PIXELS_OF(plan, transform_2x2, plan->O, pixels, NULL, maxima, m, step);
+    FOR_DTYPE_OF(plan, transform_2x2, plan->O, pixels, NULL, maxima, m, step);
   } else {
     locate(plan, gradient, plan->O, tile, 0, 2, pixels);
     locate(plan, gate.outputs, plan->O, tile, 0, 2, outputs);
-    FOR_PIXELS_OF(plan, transform_2x2, plan->O, pixels, outputs, NULL, m, step);
+    FOR_DTYPE_OF(plan, transform_2x2, plan->O, pixels, outputs, NULL, m, step);
   }
 }
 
@@ -249,7 +254,7 @@ static INLINE void transform_back(long n, const float *m, long step, const void 
   }
 }
 
-/* Where a convolution writes. */
+/* The results of a convolution, and what is applied to them. */
 typedef struct {
   const void *bias;
   float least;     /* lower bound of the output: 0 for a ReLU */
@@ -269,7 +274,7 @@ static void transform_output(const Plan *plan, const float *m, long step, const 
   for (int i = 0; i < (maxima ? 1 : 4); i++)
     y[i] = pixels[i] == plan->zeros ? nowhere : (void *)pixel(plan, pixels[i], from);
   if (maxima)
-    FOR_PIXELS_OF(plan, transform_back, n, m, step, bias, output->least, y, maxima);
+    FOR_DTYPE_OF(plan, transform_back, n, m, step, bias, output->least, y, maxima);
   else
-    FOR_PIXELS_OF(plan, transform_back, n, m, step, bias, output->least, y, NULL);
+    FOR_DTYPE_OF(plan, transform_back, n, m, step, bias, output->least, y, NULL);
 }

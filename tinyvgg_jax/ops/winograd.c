@@ -97,15 +97,15 @@ static INLINE void transform_taps(const void *g, long tap, long out, long n, flo
 /* Writes u for input channel c and one panel of output channels; zeros beyond the last of either. */
 static void transform_row(const Forward *f, long panel, long c, float *u, long step) {
   long columns = min(f->plan.O - panel * COLUMNS, COLUMNS);
-  const void *g = pixel(&f->plan, f->kernel, f->first + c * f->in + panel * COLUMNS * f->out);
   if (columns < COLUMNS || c >= f->plan.C)
     for (int k = 0; k < 16; k++) memset(u + k * step, 0, COLUMNS * sizeof(float));
   if (c >= f->plan.C) return;
+  const void *g = pixel(&f->plan, f->kernel, f->first + c * f->in + panel * COLUMNS * f->out);
   /* With the stride 1 as a constant, the compiler reads whole vectors of the kernel. */
   if (f->out == 1)
-    FOR_PIXELS_OF(&f->plan, transform_taps, g, f->tap, 1, columns, u, step);
+    FOR_DTYPE_OF(&f->plan, transform_taps, g, f->tap, 1, columns, u, step);
   else
-    FOR_PIXELS_OF(&f->plan, transform_taps, g, f->tap, f->out, columns, u, step);
+    FOR_DTYPE_OF(&f->plan, transform_taps, g, f->tap, f->out, columns, u, step);
 }
 
 /* u = G g G' for one panel of output channels: [depth, COLUMNS] for each of the 16 elements. */
@@ -206,9 +206,9 @@ typedef struct {
   long v_row, m_row, v_step, m_step;
 } ParameterGradient;
 
-/* Transforms one tile, or a tile of zeros if there is none: v = B' d B, m = A e A'. Adds the
-   gradient's pixels to `sum`: element (1, 1) of A e A', the sixth of the 16, is the sum of the
-   tile's four pixels, because row 1 of A is [1, 1]. */
+/* Transforms one tile: v = B' d B, m = A e A'. Adds the gradient's pixels to `sum`: element (1, 1)
+   of A e A', the sixth of the 16, is the sum of the tile's four pixels, because row 1 of A is
+   [1, 1]. */
 static void transform_tile(const ParameterGradient *f, long tile, float *v, long v_step, float *m,
                            long m_step, float *sum) {
   transform_input(&f->plan, f->x, (Gate){0}, tile, v, v_step);
@@ -319,7 +319,7 @@ static INLINE void transform_sums_of(const ParameterGradient *f, long c, int bf1
 
 static void transform_sums(void *argument, long c) {
   ParameterGradient *f = argument;
-  FOR_PIXELS_OF(&f->plan, transform_sums_of, f, c);
+  FOR_DTYPE_OF(&f->plan, transform_sums_of, f, c);
 }
 
 /* The bias's gradient: the output's gradient, summed over all pixels. */
@@ -366,7 +366,7 @@ static XLA_FFI_Error *out_of_memory(const XLA_FFI_CallFrame *frame) {
 static void plan_convolution(Forward *f, const XLA_FFI_Buffer *images, long C, long O, long threads,
                              const float *zeros) {
   Plan *plan = &f->plan;
-  f->depth = HAS_PAIRS && images->dtype == XLA_FFI_DataType_BF16 ? (C + 1) / 2 : C;
+  f->depth = takes_pairs(images) ? (C + 1) / 2 : C;
   /* With few input channels a chunk of that size would be all tiles, and leave no other tasks. */
   long elements = 16 * max(f->depth, 32);
   make_plan(plan, images, C, O, f->output.maxima != NULL, elements, zeros);
@@ -447,14 +447,14 @@ XLA_FFI_Error *tinyvgg_input_gradient(XLA_FFI_CallFrame *frame) {
 static void plan_sums(ParameterGradient *f, const XLA_FFI_Buffer *images, long C, long O,
                       long threads, const float *zeros) {
   Plan *plan = &f->plan;
-  int tiles_in_row = HAS_PAIRS && images->dtype == XLA_FFI_DataType_BF16 ? 2 : 1;
+  int tiles_in_row = takes_pairs(images) ? 2 : 1;
   make_plan(plan, images, C, O, f->gate.maxima != NULL,
             16 * (C + round_up(O, COLUMNS)) / tiles_in_row, zeros);
   /* The extra 16 elements keep rows, and the 16 streams, from falling into the same sets of the
      cache. */
   f->v_row = round_up(C, 16) + 16;
   f->m_row = plan->O_up + 16;
-  long rows = (plan->chunk + 1) / tiles_in_row;
+  long rows = (plan->chunk + tiles_in_row - 1) / tiles_in_row;
   f->v_step = rows * f->v_row + 16;
   f->m_step = rows * f->m_row + 16;
   f->C_up = round_up(C, ROWS);
