@@ -2,6 +2,7 @@ import concurrent.futures
 import ctypes
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -36,11 +37,12 @@ def compiled() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_runs_are_equal_bit_for_bit() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_runs_are_equal_bit_for_bit(dtype: str) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
-    images = jax.random.normal(keys[0], (32, 14, 14, 64))
-    kernel = jax.random.normal(keys[1], (3, 3, 64, 128))
-    gradient, bias = jax.random.normal(keys[2], (32, 14, 14, 128)), jnp.ones(128)
+    images = jax.random.normal(keys[0], (32, 14, 14, 64), dtype)
+    kernel = jax.random.normal(keys[1], (3, 3, 64, 128), dtype)
+    gradient, bias = jax.random.normal(keys[2], (32, 14, 14, 128), dtype), jnp.ones(128, dtype)
     output = jax.jit(winograd.convolution_relu)(images, kernel, bias)
     share, maxima = jax.jit(winograd.convolution_relu_pool)(images, kernel, bias)
     of_input = partial(winograd.input_gradient, shape=images.shape)
@@ -69,6 +71,54 @@ def test_calls_from_many_threads_at_once() -> None:
         futures = [pool.submit(call, images, kernels[i % 8], jnp.zeros(32)) for i in range(64)]
         for i, future in enumerate(futures):
             np.testing.assert_array_equal(future.result(), expected[i % 8])
+
+
+def every_result(dtype: str) -> list[Array]:
+    """The results of all four functions, for channels that fill no vector and no pair."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    images = jax.random.normal(keys[0], (5, 7, 6, 19), dtype)
+    kernel = jax.random.normal(keys[1], (3, 3, 19, 37), dtype) / 8
+    bias = jax.random.normal(keys[2], (37,), dtype)
+    output = winograd.convolution_relu(images, kernel, bias)
+    pooled, maxima = winograd.convolution_relu_pool(images, kernel, bias)
+    results = [output, pooled]
+    for gate in (jnp.ones_like(output), jnp.full_like(maxima, 6)):
+        gradient = jax.random.normal(keys[3], gate.shape, dtype)
+        results.append(winograd.input_gradient(gradient, gate, kernel, images.shape))
+        results.extend(winograd.parameter_gradient(images, gradient, gate))
+    return results
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86")
+@pytest.mark.parametrize(
+    "option",
+    [
+        "-mno-avx512f",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("-mno-avx512bf16", "-mno-avx")),
+    ],
+)
+@pytest.mark.usefixtures("compiled")
+def test_processors_with_shorter_vectors_agree(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {winograd._compiler()} "$@" {option}\n')
+    compiler.chmod(0o755)
+    winograd._compile(str(compiler), tmp_path / "winograd.so")
+    library = ctypes.CDLL(str(tmp_path / "winograd.so"))
+    expected = {dtype: every_result(dtype) for dtype in ("float32", "bfloat16")}
+    call, name = winograd._call, f"{{}}_{option}"
+    for target in winograd._TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, target))
+        jax.ffi.register_ffi_target(name.format(target), handler, platform="cpu")
+    monkeypatch.setattr(winograd, "_call", lambda target, *a: call(name.format(target), *a))
+    for dtype, tolerance in (("float32", 3e-6), ("bfloat16", 1e-2)):
+        for a, b in zip(every_result(dtype), expected[dtype], strict=True):
+            assert a.dtype == dtype
+            scale = float(jnp.abs(b).max())
+            np.testing.assert_allclose(
+                a.astype(jnp.float32) / scale, b.astype(jnp.float32) / scale, atol=tolerance
+            )
 
 
 def test_it_is_compiled_once_and_kept(forgetful: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@
 of a convolution's kernel several times slower than its own matrix product could. `convolution_relu`
 and `convolution_relu_pool` therefore choose a form by platform, dtype and kernel size:
 
-- On a CPU with a C compiler, 3x3 convolutions in float32 run in C (`winograd.py`), together with
-  the pooling that may follow.
+- On a CPU with a C compiler, 3x3 convolutions in float32 or bfloat16 run in C (`winograd.py`),
+  together with the pooling that may follow.
 - Other convolutions on a CPU run in XLA, except for the kernel's gradient. It is a matrix product
   of image patches and the output's gradient, for a few images at a time.
 - On a GPU or TPU everything is XLA's own.
@@ -100,7 +100,8 @@ def _kernel_gradient_from_patches(
 def _runs_in_c(images: Array, kernel: Array) -> bool:
     """Tells whether `winograd.c` computes this convolution when it is lowered for a CPU."""
     return (
-        images.dtype == kernel.dtype == jnp.float32
+        images.dtype == kernel.dtype
+        and images.dtype in (jnp.float32, jnp.bfloat16)
         and kernel.shape[:2] == (3, 3)
         and 0 not in images.shape + kernel.shape
         # A process that computes on a GPU has no use for the C code, so it does not compile it.

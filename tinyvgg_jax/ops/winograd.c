@@ -26,14 +26,13 @@
    four pixels is never written, either: it is computed wherever it is read, from this byte and the
    pooled gradient, divided among the maxima.
 
-   Arrays are float32 and dense: images [B, H, W, C], kernels [3, 3, C, O]. The tiles are processed
-   in chunks that fit the cache, on XLA's own threads. A result does not depend on which thread
-   computed what, but on the number of threads, because the sum of a kernel's gradient is split into
-   as many pieces. Always splitting it alike would cost a buffer of the transformed kernel's size,
-   4 MB, for each of as many pieces as a large processor has threads. */
+   Arrays are dense: images [B, H, W, C], kernels [3, 3, C, O], all float32 or all bfloat16. The
+   tiles are processed in chunks that fit the cache, on XLA's own threads. A result does not depend
+   on which thread computed what, but on the number of threads, because the sum of a kernel's
+   gradient is split into as many pieces. Always splitting it alike would cost a buffer of the
+   transformed kernel's size, 4 MB, for each of as many pieces as a large processor has threads. */
 
 #include <math.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -41,539 +40,153 @@
 
 #include "xla/ffi/api/c_api.h"
 
-/* A vector has LANES floats. The matrix product keeps ROWS x COLUMNS sums in registers. */
-#if defined(__AVX512F__)
-#define LANES 16
-#define ROWS 12
-#elif defined(__AVX__)
-#define LANES 8
-#define ROWS 6
-#elif defined(__aarch64__)
-#define LANES 4
-#define ROWS 12
-#else
-#define LANES 4
-#define ROWS 6
-#endif
-#define COLUMNS (2 * LANES)
-
-/* A thread transforms this many floats (1 MiB) of tiles before it multiplies them, so that they are
-   still in the cache then; and at least MIN_CHUNK tiles. */
-#define CHUNK_FLOATS (256 * 1024)
-#define MIN_CHUNK (4 * ROWS)
-
-#define INLINE inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-
-static long min(long a, long b) { return a < b ? a : b; }
-static long max(long a, long b) { return a > b ? a : b; }
-static long round_up(long n, long to) { return (n + to - 1) / to * to; }
-
-/* ---- Memory. Buffers are kept for the next call, because fresh pages cost the system as much time
-   as the computation takes. */
-
-#define KEPT 16
-static struct {
-  size_t size;
-  float *data;
-} kept[KEPT];
-static atomic_flag kept_lock = ATOMIC_FLAG_INIT;
-
-static void lock(void) {
-  while (atomic_flag_test_and_set_explicit(&kept_lock, memory_order_acquire)) sched_yield();
-}
-static void unlock(void) { atomic_flag_clear_explicit(&kept_lock, memory_order_release); }
-
-/* Returns a buffer: the smallest kept one that is large enough, unless it is far too large (some 16
-   times); or else a new one, which replaces the largest of those that are a little too small (by up
-   to 16 times). NULL if memory has run out. */
-static float *borrow(size_t floats, size_t *size) {
-  float *data = NULL, *too_small = NULL;
-  int fits = -1, nearly = -1;
-  *size = floats;
-  lock();
-  for (int i = 0; i < KEPT; i++) {
-    if (!kept[i].data) continue;
-    if (kept[i].size >= floats && (fits < 0 || kept[i].size < kept[fits].size)) fits = i;
-    if (kept[i].size < floats && (nearly < 0 || kept[i].size > kept[nearly].size)) nearly = i;
-  }
-  if (fits >= 0 && kept[fits].size <= 16 * floats + 65536) {
-    data = kept[fits].data;
-    *size = kept[fits].size;
-    kept[fits].data = NULL;
-  } else if (nearly >= 0 && kept[nearly].size >= floats / 16) {
-    too_small = kept[nearly].data;
-    kept[nearly].data = NULL;
-  }
-  unlock();
-  free(too_small);
-  if (!data && posix_memalign((void **)&data, 64, floats * sizeof(float))) data = NULL;
-  return data;
-}
-
-/* Keeps a buffer for the next call; if all places are taken, the smallest one kept is freed. */
-static void give_back(float *data, size_t size) {
-  if (!data) return;
-  lock();
-  int slot = 0;
-  for (int i = 0; i < KEPT; i++) {
-    if (!kept[i].data) {
-      slot = i;
-      break;
-    }
-    if (kept[i].size < kept[slot].size) slot = i;
-  }
-  float *dropped = kept[slot].data;
-  kept[slot].data = data;
-  kept[slot].size = size;
-  unlock();
-  free(dropped);
-}
-
-/* ---- Threads. Each free thread takes the next task. The caller takes tasks too and waits only for
-   tasks that have begun, so that it cannot deadlock when all of XLA's threads are busy. */
-
-typedef void Task(void *argument, long index);
-typedef struct {
-  atomic_long next, finished, users;
-  long count;
-  Task *task;
-  void *argument;
-} Loop;
-
-static void take_tasks(Loop *loop) {
-  for (long i; (i = atomic_fetch_add(&loop->next, 1)) < loop->count;) {
-    loop->task(loop->argument, i);
-    atomic_fetch_add(&loop->finished, 1);
-  }
-}
-
-/* The last to leave frees the loop: a helper may start only after the caller has returned. */
-static void leave(Loop *loop) {
-  if (atomic_fetch_sub(&loop->users, 1) == 1) free(loop);
-}
-
-static void help(void *loop) {
-  take_tasks(loop);
-  leave(loop);
-}
-
-static long num_threads(const XLA_FFI_CallFrame *frame) {
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args args = {
-      .struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
-      .ctx = frame->ctx,
-      .num_threads = &threads};
-  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&args);
-  if (error) {
-    XLA_FFI_Error_Destroy_Args destroy = {
-        .struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
-    frame->api->XLA_FFI_Error_Destroy(&destroy);
-    return 1;
-  }
-  return max(threads, 1);
-}
-
-/* Calls task(argument, i) for i = 0 to count - 1 on XLA's threads and waits for all. */
-static void parallel_for(const XLA_FFI_CallFrame *frame, long count, Task *task, void *argument) {
-  long helpers = min(num_threads(frame), count) - 1;
-  Loop *loop = helpers > 0 ? malloc(sizeof *loop) : NULL;
-  if (!loop) {
-    for (long i = 0; i < count; i++) task(argument, i);
-    return;
-  }
-  atomic_init(&loop->next, 0);
-  atomic_init(&loop->finished, 0);
-  atomic_init(&loop->users, helpers + 1);
-  loop->count = count;
-  loop->task = task;
-  loop->argument = argument;
-  for (long i = 0; i < helpers; i++) {
-    XLA_FFI_ThreadPool_Schedule_Args args = {
-        .struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
-        .ctx = frame->ctx,
-        .task = help,
-        .data = loop};
-    if (frame->api->XLA_FFI_ThreadPool_Schedule(&args)) leave(loop);
-  }
-  take_tasks(loop);
-  while (atomic_load(&loop->finished) < count) sched_yield();
-  leave(loop);
-}
-
-/* ---- Matrix product */
-
-/* c[r][n] = sum over d of a[r][d] b[d][n], or += with `add`, for ROWS x COLUMNS elements. */
-static INLINE void product_block(
-    long depth, const float *a, long a_row, long a_depth, const float *b, long b_depth, float *c,
-    long c_row, int add) {
-  vec sum[ROWS][2];
-  for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = (vec){0};
-  for (long d = 0; d < depth; d++) {
-    vec left = *(const vec *)(b + d * b_depth), right = *(const vec *)(b + d * b_depth + LANES);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++) {
-      float factor = a[r * a_row + d * a_depth];
-      sum[r][0] += factor * left;
-      sum[r][1] += factor * right;
-    }
-  }
-  for (int r = 0; r < ROWS; r++) {
-    vec *to = (vec *)(c + r * c_row), *to_right = (vec *)(c + r * c_row + LANES);
-    *to = add ? *to + sum[r][0] : sum[r][0];
-    *to_right = add ? *to_right + sum[r][1] : sum[r][1];
-  }
-}
-
-/* c = or += a b for a [M, K] and b [K, N]. M is a multiple of ROWS, N of COLUMNS; b is stored in
-   panels of COLUMNS columns. */
-static void product(long M, long N, long K, const float *a, long a_row, long a_depth,
-                    const float *b, long b_panel, long b_depth, float *c, long c_row, int add) {
-  for (long n = 0; n < N; n += COLUMNS)
-    for (long m = 0; m < M; m += ROWS)
-      product_block(K, a + m * a_row, a_row, a_depth, b + n / COLUMNS * b_panel, b_depth,
-                    c + m * c_row + n, c_row, add);
-}
-
-/* ---- Tiles */
-
-typedef struct {
-  long B, H, W, C, O;
-  long tiles_h, tiles_w, tiles;
-  long O_up;   /* O, rounded up to whole panels */
-  long chunk;  /* tiles in a chunk, a multiple of ROWS */
-  long chunks; /* number of chunks */
-  /* Distance in floats from one of a tile's 16 elements to the next: */
-  long v_step;        /* in v, the transformed input */
-  long m_step;        /* in m, the transformed output or its gradient */
-  long u_step;        /* in u, the transformed kernel */
-  const float *zeros; /* stands for the pixels outside of an image */
-  atomic_int failed;  /* whether memory ran out */
-} Plan;
-
-/* Plans a convolution of images [B, H, W, any] from C to O channels. `only_squares` leaves out an
-   odd last row or column, which belongs to no square of the pooling. */
-static void make_plan(Plan *plan, const int64_t *images, long C, long O, int only_squares,
-                      const float *zeros) {
-  plan->B = images[0], plan->H = images[1], plan->W = images[2];
-  plan->C = C;
-  plan->O = O;
-  plan->O_up = round_up(O, COLUMNS);
-  plan->tiles_h = (plan->H + !only_squares) / 2;
-  plan->tiles_w = (plan->W + !only_squares) / 2;
-  plan->tiles = plan->B * plan->tiles_h * plan->tiles_w;
-  plan->chunk = max(CHUNK_FLOATS / (16 * (plan->C + plan->O_up)), MIN_CHUNK);
-  plan->chunks = (plan->tiles + plan->chunk - 1) / plan->chunk;
-  plan->chunk = round_up((plan->tiles + plan->chunks - 1) / plan->chunks, ROWS);
-  plan->chunks = (plan->tiles + plan->chunk - 1) / plan->chunk;
-  /* The extra 16 floats keep the 16 streams from falling into the same sets of the cache. */
-  plan->v_step = plan->chunk * plan->C + ROWS + 16;
-  plan->m_step = plan->chunk * plan->O_up + 16;
-  plan->u_step = plan->C * plan->O_up + 16;
-  plan->zeros = zeros;
-  atomic_init(&plan->failed, 0);
-}
-
-/* Finds the tile's pixels: the n x n addresses of rows and columns `from` to `from` + n - 1,
-   counted from the tile's first output pixel. Pixels outside of the image lie in `zeros`. */
-static void locate(const Plan *plan, const float *x, long channels, long tile, int from, int n,
-                   const float **pixels) {
-  long column = tile % plan->tiles_w, row = tile / plan->tiles_w % plan->tiles_h;
-  const float *image = x + tile / (plan->tiles_w * plan->tiles_h) * plan->H * plan->W * channels;
-  for (int i = 0; i < n; i++)
-    for (int j = 0; j < n; j++) {
-      long h = 2 * row + from + i, w = 2 * column + from + j;
-      int inside = 0 <= h && h < plan->H && 0 <= w && w < plan->W;
-      pixels[i * n + j] = inside ? image + (h * plan->W + w) * channels : plan->zeros;
-    }
-}
-
-/* Where a gradient goes through; one of the two is NULL:
-     `outputs`, those of the ReLU, let it through where they are positive;
-     `maxima`, a byte for each pooling square, let it through to pixel (i, j) if bit 2i + j is 1. */
-typedef struct {
-  const float *outputs;
-  const uint8_t *maxima;
-} Gate;
-
-/* The gradient of one pixel of a pooling square: `gradient_share`, the square's gradient divided by
-   its number of maxima, if the pixel is one of them. The value is read in any case, here and below,
-   because the compiler would turn a conditional read into a jump. */
-static INLINE float through_pooling(const float *gradient_share, const uint8_t *maxima, int pixel,
-                                    long c) {
-  float value = gradient_share[c];
-  return maxima[c] >> pixel & 1 ? value : 0;
-}
-
-/* The gradient of one pixel before a ReLU, whose output was y. */
-static INLINE float through_relu(const float *gradient, const float *y, long c) {
-  float value = gradient[c];
-  return y[c] > 0 ? value : 0;
-}
-
-/* v = B' d B for each channel, d being the 4x4 pixels of a tile:
-     with neither `outputs` nor `maxima`, the pixels themselves;
-     with `outputs`, a gradient behind a ReLU, let through where the outputs are positive;
-     with `maxima`, a pooled gradient, of which `d` holds the 3x3 squares that the 4x4 pixels lie in
-     (the tile's own square, and one row or column of each of its neighbours). */
-static INLINE void transform_4x4(const Plan *plan, const float **d, const float **outputs,
-                                 const uint8_t **maxima, float *v) {
-  long step = plan->v_step;
-#pragma omp simd
-  for (long c = 0; c < plan->C; c++) {
-    float t[16];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      float a, b, e, f;
-      if (maxima) {
-        int k = (j + 1) / 2, right = (j + 1) % 2;
-        a = through_pooling(d[k], maxima[k], 2 + right, c);
-        b = through_pooling(d[3 + k], maxima[3 + k], right, c);
-        e = through_pooling(d[3 + k], maxima[3 + k], 2 + right, c);
-        f = through_pooling(d[6 + k], maxima[6 + k], right, c);
-      } else if (outputs) {
-        a = through_relu(d[j], outputs[j], c);
-        b = through_relu(d[4 + j], outputs[4 + j], c);
-        e = through_relu(d[8 + j], outputs[8 + j], c);
-        f = through_relu(d[12 + j], outputs[12 + j], c);
-      } else {
-        a = d[j][c], b = d[4 + j][c], e = d[8 + j][c], f = d[12 + j][c];
-      }
-      t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      float a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3];
-      v[(4 * i) * step + c] = a - e;
-      v[(4 * i + 1) * step + c] = b + e;
-      v[(4 * i + 2) * step + c] = e - b;
-      v[(4 * i + 3) * step + c] = b - f;
-    }
-  }
-}
-
-static void transform_input(const Plan *plan, const float *x, long tile, float *v) {
-  const float *pixels[16];
-  locate(plan, x, plan->C, tile, -1, 4, pixels);
-  transform_4x4(plan, pixels, NULL, NULL, v);
-}
-
-static void transform_relu_gradient(const Plan *plan, const float *gradient, const float *y,
-                                    long tile, float *v) {
-  const float *pixels[16], *outputs[16];
-  locate(plan, gradient, plan->C, tile, -1, 4, pixels);
-  locate(plan, y, plan->C, tile, -1, 4, outputs);
-  transform_4x4(plan, pixels, outputs, NULL, v);
-}
-
-static void transform_pooled_gradient(const Plan *plan, const float *gradient_share,
-                                      const uint8_t *maxima, long tile, float *v) {
-  const float *shares[9];
-  const uint8_t *masks[9];
-  long H = plan->H / 2, W = plan->W / 2;
-  long column = tile % plan->tiles_w, row = tile / plan->tiles_w % plan->tiles_h;
-  long image = tile / (plan->tiles_w * plan->tiles_h);
-  for (int i = 0; i < 3; i++)
-    for (int j = 0; j < 3; j++) {
-      long h = row - 1 + i, w = column - 1 + j, at = ((image * H + h) * W + w) * plan->C;
-      int inside = 0 <= h && h < H && 0 <= w && w < W;
-      shares[3 * i + j] = inside ? gradient_share + at : plan->zeros;
-      masks[3 * i + j] = inside ? maxima + at : (const uint8_t *)plan->zeros;
-    }
-  transform_4x4(plan, shares, NULL, masks, v);
-}
-
-/* m = A e A' for each channel, e being the gradient of the tile's 2x2 output pixels: `g`, let
-   through where the ReLU's `outputs` are positive; or with `maxima`, the square's `g[0]`, let
-   through to the maxima. */
-static INLINE void transform_2x2(const Plan *plan, const float **g, const float **outputs,
-                                 const uint8_t *maxima, float *m) {
-  long step = plan->m_step;
-#pragma omp simd
-  for (long o = 0; o < plan->O; o++) {
-    float t[8];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      float a, b;
-      if (maxima)
-        a = through_pooling(g[0], maxima, j, o), b = through_pooling(g[0], maxima, 2 + j, o);
-      else
-        a = through_relu(g[j], outputs[j], o), b = through_relu(g[2 + j], outputs[2 + j], o);
-      t[j] = a, t[2 + j] = a + b, t[4 + j] = a - b, t[6 + j] = -b;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      float a = t[2 * i], b = t[2 * i + 1];
-      m[(4 * i) * step + o] = a;
-      m[(4 * i + 1) * step + o] = a + b;
-      m[(4 * i + 2) * step + o] = a - b;
-      m[(4 * i + 3) * step + o] = -b;
-    }
-  }
-  for (int k = 0; k < 16; k++)
-    for (long o = plan->O; o < plan->O_up; o++) m[k * step + o] = 0;
-}
-
-static void transform_gradient(const Plan *plan, const float *gradient, Gate gate, long tile,
-                               float *m) {
-  const float *pixels[4] = {gradient + tile * plan->O}, *outputs[4];
-  if (gate.maxima) {
-    transform_2x2(plan, pixels, NULL, gate.maxima + tile * plan->O, m);
-  } else {
-    locate(plan, gradient, plan->O, tile, 0, 2, pixels);
-    locate(plan, gate.outputs, plan->O, tile, 0, 2, outputs);
-    transform_2x2(plan, pixels, outputs, NULL, m);
-  }
-}
-
-/* s = A' m A + bias, the tile's 2x2 output pixels, for each channel from `from` to `to` - 1. Writes
-   max(s, least) for each pixel: a ReLU if `least` is 0, and s itself if it is -INFINITY. With
-   `maxima`, writes only the largest of the four, and sets the bits of the pixels that have it; none
-   if it is not above `least`, because then ReLU lets no gradient through. */
-static INLINE void transform_back(const Plan *plan, const float *m, const float *bias, float least,
-                                  long from, long to, float **y, uint8_t *maxima) {
-  long step = plan->m_step;
-#pragma omp simd
-  for (long o = from; o < to; o++) {
-    float t[8], s[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      float a = m[j * step + o], b = m[(4 + j) * step + o], e = m[(8 + j) * step + o],
-            f = m[(12 + j) * step + o];
-      t[j] = a + b + e, t[4 + j] = b - e - f;
-    }
-    s[0] = t[0] + t[1] + t[2] + bias[o], s[1] = t[1] - t[2] - t[3] + bias[o];
-    s[2] = t[4] + t[5] + t[6] + bias[o], s[3] = t[5] - t[6] - t[7] + bias[o];
-    /* The comparisons are written in the directions that let a NaN through to the output. */
-    if (maxima) {
-      float most = s[0];
-#pragma GCC unroll 3
-      for (int i = 1; i < 4; i++) most = (s[i] > most) | (s[i] != s[i]) ? s[i] : most;
-      int mask = (s[0] == most) | (s[1] == most) << 1 | (s[2] == most) << 2 | (s[3] == most) << 3;
-      y[0][o] = most < least ? least : most;
-      maxima[o] = most > least ? mask : 0;
-    } else {
-#pragma GCC unroll 4
-      for (int i = 3; i >= 0; i--) y[i][o] = s[i] < least ? least : s[i];
-    }
-  }
-}
-
-/* Writes the pixels of a tile; those outside of the image are written to `nowhere`. */
-static void transform_output(const Plan *plan, const float *m, long tile, const float *bias,
-                             float least, long from, long to, float *y, float *nowhere) {
-  const float *pixels[4];
-  locate(plan, y, plan->O, tile, 0, 2, pixels);
-  float *out[4];
-  for (int i = 0; i < 4; i++) out[i] = pixels[i] == plan->zeros ? nowhere : y + (pixels[i] - y);
-  transform_back(plan, m, bias, least, from, to, out, NULL);
-}
-
-static void transform_and_pool(const Plan *plan, const float *m, const float *bias, float least,
-                               long from, long to, float *y, uint8_t *maxima) {
-  transform_back(plan, m, bias, least, from, to, &y, maxima);
-}
+#include "buffers.h"
+#include "numbers.h"
+#include "product.h"
+#include "threads.h"
+#include "tiles.h"
 
 /* ---- The convolution */
 
+/* The product of so many tiles with so many panels of output channels is transformed back while it
+   is in the cache. */
+#define STRIP ROWS
+#define WIDTH 4
+
 typedef struct {
   Plan plan;
-  const float *x, *kernel, *bias;
-  Gate x_gate;     /* where x, if it is a gradient, goes through */
-  float least;     /* lower bound of the output: 0 for a ReLU */
-  float *u, *y;    /* u is NULL if each task transforms the panels that it needs */
-  uint8_t *maxima; /* of the pooling; NULL if none follows */
-  long groups;     /* groups of panels: more tasks where there are fewer chunks than threads */
+  const void *x, *kernel;
+  Gate gate; /* where x, if it is a gradient, goes through */
+  Output output;
+  long depth;  /* elements of a transformed tile: C, or half as many pairs */
+  long groups; /* groups of panels: more tasks where there are fewer chunks than threads */
+  float *u;    /* NULL if each task transforms the panels that it needs */
+  /* Distance in elements from one of a tile's 16 elements to the next. The extra 16 elements keep
+     the 16 streams from falling into the same sets of the cache. */
+  long v_step, m_step, u_step;
   /* How this convolution reads the kernel [3, 3, in, out]: the offset of its first element, and the
      strides. A rotated kernel begins at the last of the nine and has a negative stride. */
   long first, tap, in, out;
 } Forward;
 
-/* u = G g G' for one panel of output channels: [C, COLUMNS] for each of the 16 elements. */
-static INLINE void transform_kernel_panel(
-    const Forward *f, long panel, long out, float *u, long step) {
-  long columns = min(f->plan.O - panel * COLUMNS, COLUMNS), tap = f->tap;
-  for (long c = 0; c < f->plan.C; c++, u += COLUMNS) {
-    const float *g = f->kernel + f->first + c * f->in + panel * COLUMNS * out;
-    if (columns < COLUMNS)
-      for (int k = 0; k < 16; k++) memset(u + k * step, 0, COLUMNS * sizeof(float));
+/* u = G g G' for one input channel and n output channels. */
+static INLINE void transform_taps(const void *g, long tap, long out, long n, float *u, long step,
+                                  int bf16) {
 #pragma omp simd
-    for (long n = 0; n < columns; n++) {
-      float t[12];
+  for (long o = 0; o < n; o++) {
+    float t[12];
 #pragma GCC unroll 3
-      for (int j = 0; j < 3; j++) {
-        float a = g[n * out + j * tap], b = g[n * out + (3 + j) * tap],
-              e = g[n * out + (6 + j) * tap];
-        t[j] = a, t[9 + j] = e;
-        t[3 + j] = 0.5f * (a + e + b), t[6 + j] = 0.5f * (a + e - b);
-      }
+    for (int j = 0; j < 3; j++) {
+      float a = read_pixel(g, o * out + j * tap, bf16),
+            b = read_pixel(g, o * out + (3 + j) * tap, bf16),
+            e = read_pixel(g, o * out + (6 + j) * tap, bf16);
+      t[j] = a, t[9 + j] = e;
+      t[3 + j] = 0.5f * (a + e + b), t[6 + j] = 0.5f * (a + e - b);
+    }
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        float a = t[3 * i], b = t[3 * i + 1], e = t[3 * i + 2];
-        u[(4 * i) * step + n] = a;
-        u[(4 * i + 1) * step + n] = 0.5f * (a + e + b);
-        u[(4 * i + 2) * step + n] = 0.5f * (a + e - b);
-        u[(4 * i + 3) * step + n] = e;
-      }
+    for (int i = 0; i < 4; i++) {
+      float a = t[3 * i], b = t[3 * i + 1], e = t[3 * i + 2];
+      u[(4 * i) * step + o] = a;
+      u[(4 * i + 1) * step + o] = 0.5f * (a + e + b);
+      u[(4 * i + 2) * step + o] = 0.5f * (a + e - b);
+      u[(4 * i + 3) * step + o] = e;
     }
   }
 }
 
-/* With the stride 1 as a constant, the compiler reads whole vectors of the kernel. */
-static void transform_panel(const Forward *f, long panel, float *u, long step) {
+/* Writes u for input channel c and one panel of output channels; zeros beyond the last of either. */
+static void transform_row(const Forward *f, long panel, long c, float *u, long step) {
+  long columns = min(f->plan.O - panel * COLUMNS, COLUMNS);
+  if (columns < COLUMNS || c >= f->plan.C)
+    for (int k = 0; k < 16; k++) memset(u + k * step, 0, COLUMNS * sizeof(float));
+  if (c >= f->plan.C) return;
+  const void *g = pixel(&f->plan, f->kernel, f->first + c * f->in + panel * COLUMNS * f->out);
+  /* With the stride 1 as a constant, the compiler reads whole vectors of the kernel. */
   if (f->out == 1)
-    transform_kernel_panel(f, panel, 1, u, step);
+    FOR_DTYPE_OF(&f->plan, transform_taps, g, f->tap, 1, columns, u, step);
   else
-    transform_kernel_panel(f, panel, f->out, u, step);
+    FOR_DTYPE_OF(&f->plan, transform_taps, g, f->tap, f->out, columns, u, step);
+}
+
+/* u = G g G' for one panel of output channels: [depth, COLUMNS] for each of the 16 elements. */
+static void transform_panel(const Forward *f, long panel, float *u, long step) {
+  float rows[2][16 * COLUMNS];
+  for (long d = 0; d < f->depth; d++, u += COLUMNS)
+    if (f->plan.pairs) {
+      for (int i = 0; i < 2; i++) transform_row(f, panel, 2 * d + i, rows[i], COLUMNS);
+      for (int k = 0; k < 16; k++)
+        pack_rows(rows[0] + k * COLUMNS, rows[1] + k * COLUMNS, COLUMNS, u + k * step);
+    } else {
+      transform_row(f, panel, d, u, step);
+    }
 }
 
 static void transform_kernel(void *argument, long panel) {
   const Forward *f = argument;
-  transform_panel(f, panel, f->u + panel * f->plan.C * COLUMNS, f->plan.u_step);
+  transform_panel(f, panel, f->u + panel * f->depth * COLUMNS, f->u_step);
 }
 
-/* Convolves one chunk of the tiles for one group of the panels of output channels: transforms the
-   input, takes the 16 matrix products m = v u, and transforms back. */
+/* v = B' d B for n tiles: [n, depth] for each of the 16 elements. `scratch` is needed for pairs. */
+static void transform_tiles(const Forward *f, long first, long n, float *v, float *scratch) {
+  long C = f->plan.C, step = round_up(C, 32);
+  if (f->plan.pairs) memset(scratch, 0, 16 * step * sizeof(float));
+  for (long t = 0; t < n; t++, v += f->depth)
+    if (f->plan.pairs) {
+      transform_input(&f->plan, f->x, f->gate, first + t, scratch, step);
+      for (int k = 0; k < 16; k++) pack_neighbours(scratch + k * step, C, v + k * f->v_step);
+    } else {
+      transform_input(&f->plan, f->x, f->gate, first + t, v, f->v_step);
+    }
+}
+
+/* Multiplies n tiles by panels `panel` to `end` - 1 of the kernel, m = v u for each of the 16
+   elements, and transforms back. */
+static INLINE void multiply_tiles(const Forward *f, long first, long n, const float *v, long panel,
+                                  long end, const float *u, long u_step, float *m, float *nowhere,
+                                  int pairs) {
+  long from = panel * COLUMNS, columns = min(end * COLUMNS, f->plan.O) - from;
+  long m_row = (end - panel) * COLUMNS;
+  for (long t = 0; t < n; t += STRIP) {
+    long tiles = min(n - t, STRIP);
+    for (int k = 0; k < 16; k++)
+      for (long p = 0; p < end - panel; p++)
+        product(round_up(tiles, ROWS), f->depth, v + k * f->v_step + t * f->depth, f->depth, 1,
+                u + k * u_step + p * f->depth * COLUMNS, COLUMNS,
+                m + k * f->m_step + p * COLUMNS, m_row, 0, pairs);
+    for (long i = 0; i < tiles; i++)
+      transform_output(&f->plan, m + i * m_row, f->m_step, &f->output, first + t + i, from, columns,
+                       nowhere);
+  }
+}
+
+/* Convolves one chunk of the tiles for one group of the panels of output channels. */
 static void convolve_chunk(void *argument, long index) {
   Forward *f = argument;
   Plan *plan = &f->plan;
   /* With one chunk no other task needs the transformed panels, so only one at a time is kept. */
-  long u_step = f->u ? plan->u_step : plan->C * COLUMNS + 16;
+  long u_step = f->u ? f->u_step : f->depth * COLUMNS + 16, one_u = f->u ? 0 : 16 * u_step;
+  long scratch_size = 16 * round_up(plan->C, 32);
   size_t size;
-  float *v = borrow(16 * (plan->v_step + plan->m_step + (f->u ? 0 : u_step)) + plan->O, &size);
+  float *v = borrow(16 * (f->v_step + f->m_step) + one_u + scratch_size + WIDTH * COLUMNS, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
     return;
   }
-  float *m = v + 16 * plan->v_step, *one_panel = m + 16 * plan->m_step;
-  float *nowhere = one_panel + (f->u ? 0 : 16 * u_step);
+  float *m = v + 16 * f->v_step, *scratch = m + 16 * f->m_step, *one = scratch + scratch_size;
+  float *nowhere = one + one_u;
   long panels = plan->O_up / COLUMNS, group = index % f->groups;
-  long panel = panels * group / f->groups, end = panels * (group + 1) / f->groups;
   long first = index / f->groups * plan->chunk, n = min(plan->chunk, plan->tiles - first);
-  long from = panel * COLUMNS, to = min(end * COLUMNS, plan->O);
-  for (long t = 0; t < n; t++)
-    if (f->x_gate.maxima)
-      transform_pooled_gradient(plan, f->x, f->x_gate.maxima, first + t, v + t * plan->C);
-    else if (f->x_gate.outputs)
-      transform_relu_gradient(plan, f->x, f->x_gate.outputs, first + t, v + t * plan->C);
+  transform_tiles(f, first, n, v, scratch);
+  long panel = panels * group / f->groups, last = panels * (group + 1) / f->groups;
+  for (long end; panel < last; panel = end) {
+    end = f->u ? min(panel + WIDTH, last) : panel + 1;
+    const float *u = f->u ? f->u + panel * f->depth * COLUMNS : one;
+    if (!f->u) transform_panel(f, panel, one, u_step);
+    if (plan->pairs)
+      multiply_tiles(f, first, n, v, panel, end, u, u_step, m, nowhere, 1);
     else
-      transform_input(plan, f->x, first + t, v + t * plan->C);
-  for (long p = panel; p < end; p = f->u ? end : p + 1) {
-    const float *u = f->u ? f->u + p * plan->C * COLUMNS : one_panel;
-    if (!f->u) transform_panel(f, p, one_panel, u_step);
-    for (int k = 0; k < 16; k++)
-      product(round_up(n, ROWS), f->u ? (end - p) * COLUMNS : COLUMNS, plan->C,
-              v + k * plan->v_step, plan->C, 1, u + k * u_step, plan->C * COLUMNS, COLUMNS,
-              m + k * plan->m_step + p * COLUMNS, plan->O_up, 0);
+      multiply_tiles(f, first, n, v, panel, end, u, u_step, m, nowhere, 0);
   }
-  for (long t = 0; t < n; t++)
-    if (f->maxima)
-      transform_and_pool(plan, m + t * plan->O_up, f->bias, f->least, from, to,
-                         f->y + (first + t) * plan->O, f->maxima + (first + t) * plan->O);
-    else
-      transform_output(plan, m + t * plan->O_up, first + t, f->bias, f->least, from, to, f->y,
-                       nowhere);
   give_back(v, size);
 }
 
@@ -581,61 +194,102 @@ static void convolve_chunk(void *argument, long index) {
 
 typedef struct {
   Plan plan;
-  const float *x, *gradient;
+  const void *x, *gradient;
   Gate gate;   /* where the gradient goes through */
   float *sums; /* for each piece, v' m [16, C_up, O_up] and the gradient's sum [O_up] */
-  float *of_kernel, *of_bias;
-  long pieces, C_up;             /* C_up: C, rounded up to a multiple of ROWS */
-  long product_size, piece_size; /* in floats */
+  void *of_kernel, *of_bias;
+  long pieces;
+  long C_up; /* C, rounded up to a multiple of ROWS; nobody reads the sums of the rows from C on */
+  long product_size, piece_size; /* in elements */
+  /* Distance in elements from one tile, or pair of tiles, to the next, and from one of its 16
+     elements to the next. */
+  long v_row, m_row, v_step, m_step;
 } ParameterGradient;
 
-/* Writes the gradient's sum over some tiles to `total`, or adds it. Element (1, 1) of A e A', the
-   sixth of the 16, is the sum of the tile's four pixels, because row 1 of A is [1, 1]. */
-static void sum_gradient(const Plan *plan, const float *m, long tiles, float *sum, float *total,
-                         int add) {
-  memset(sum, 0, plan->O_up * sizeof(float));
-  for (long t = 0; t < tiles; t++)
+/* Transforms one tile: v = B' d B, m = A e A'. Adds the gradient's pixels to `sum`: element (1, 1)
+   of A e A', the sixth of the 16, is the sum of the tile's four pixels, because row 1 of A is
+   [1, 1]. */
+static void transform_tile(const ParameterGradient *f, long tile, float *v, long v_step, float *m,
+                           long m_step, float *sum) {
+  transform_input(&f->plan, f->x, (Gate){0}, tile, v, v_step);
+  transform_gradient(&f->plan, f->gradient, f->gate, tile, m, m_step);
 #pragma omp simd
-    for (long o = 0; o < plan->O_up; o++) sum[o] += m[5 * plan->m_step + t * plan->O_up + o];
-#pragma omp simd
-  for (long o = 0; o < plan->O_up; o++) total[o] = add ? total[o] + sum[o] : sum[o];
+  for (long o = 0; o < f->plan.O; o++) sum[o] += m[5 * m_step + o];
 }
 
-/* Sums v' m over one piece of the tiles: for each of the 16 elements [C, tiles] by [tiles, O], v
-   being B' d B and m being A e A'. Where a piece begins and ends does not depend on the thread that
-   computes it, so that the sum is the same in every run. */
+/* Transforms n tiles: v and m, [n, channels] for each of the 16 elements. */
+static void transform_floats(const ParameterGradient *f, long first, long n, float *v, float *m,
+                             float *sum) {
+  long O = f->plan.O, rest = f->plan.O_up - O;
+  for (long t = 0; t < n; t++, v += f->v_row, m += f->m_row) {
+    transform_tile(f, first + t, v, f->v_step, m, f->m_step, sum);
+    for (int k = 0; k < 16; k++) memset(m + k * f->m_step + O, 0, rest * sizeof(float));
+  }
+}
+
+/* The same in pairs of tiles; without a second tile, the last pair's other half is zero. */
+static void transform_pairs(const ParameterGradient *f, long first, long n, float *v, float *m,
+                            float *sum, float *scratch) {
+  long v_step = round_up(f->plan.C, 16), m_step = f->plan.O_up, half = 16 * (v_step + m_step);
+  float *to_v[2] = {scratch, scratch + half};
+  float *to_m[2] = {scratch + 16 * v_step, scratch + half + 16 * v_step};
+  memset(scratch, 0, 2 * half * sizeof(float));
+  for (long t = 0; t < n; t += 2, v += f->v_row, m += f->m_row) {
+    if (t + 1 == n) memset(scratch + half, 0, half * sizeof(float));
+    for (int i = 0; i < 2 && t + i < n; i++)
+      transform_tile(f, first + t + i, to_v[i], v_step, to_m[i], m_step, sum);
+    for (int k = 0; k < 16; k++) {
+      pack_rows(to_v[0] + k * v_step, to_v[1] + k * v_step, v_step, v + k * f->v_step);
+      pack_rows(to_m[0] + k * m_step, to_m[1] + k * m_step, m_step, m + k * f->m_step);
+    }
+  }
+}
+
+/* Takes the 16 products v' m of n tiles, [C, tiles] by [tiles, O], into the sums. */
+static INLINE void multiply_transformed(const ParameterGradient *f, long n, const float *v,
+                                        const float *m, float *sums, int add, int pairs) {
+  for (int k = 0; k < 16; k++)
+    for (long o = 0; o < f->plan.O_up; o += COLUMNS)
+      product(f->C_up, pairs ? (n + 1) / 2 : n, v + k * f->v_step, 1, f->v_row,
+              m + k * f->m_step + o, f->m_row, sums + k * f->product_size + o, f->plan.O_up, add,
+              pairs);
+}
+
+/* Sums v' m over one piece of the tiles. Where a piece begins and ends does not depend on the thread
+   that computes it, so that the sum is the same in every run. */
 static void sum_piece(void *argument, long index) {
   ParameterGradient *f = argument;
   Plan *plan = &f->plan;
+  long O_up = plan->O_up, scratch_size = plan->pairs ? 32 * (round_up(plan->C, 16) + O_up) : 0;
   size_t size;
-  float *v = borrow(16 * (plan->v_step + plan->m_step) + plan->O_up, &size);
+  float *v = borrow(16 * (f->v_step + f->m_step) + O_up + scratch_size, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
     return;
   }
-  float *m = v + 16 * plan->v_step;
-  float *sums = f->sums + index * f->piece_size;
+  float *m = v + 16 * f->v_step, *sum = m + 16 * f->m_step, *scratch = sum + O_up;
+  float *sums = f->sums + index * f->piece_size, *total = sums + 16 * f->product_size;
   long begin = plan->tiles * index / f->pieces, end = plan->tiles * (index + 1) / f->pieces;
-  memset(v, 0, 16 * plan->v_step * sizeof(float));
   for (long first = begin; first < end; first += plan->chunk) {
     long n = min(plan->chunk, end - first);
-    for (long t = 0; t < n; t++) {
-      transform_input(plan, f->x, first + t, v + t * plan->C);
-      transform_gradient(plan, f->gradient, f->gate, first + t, m + t * plan->O_up);
+    int add = first > begin;
+    memset(sum, 0, O_up * sizeof(float));
+    if (plan->pairs) {
+      transform_pairs(f, first, n, v, m, sum, scratch);
+      multiply_transformed(f, n, v, m, sums, add, 1);
+    } else {
+      transform_floats(f, first, n, v, m, sum);
+      multiply_transformed(f, n, v, m, sums, add, 0);
     }
-    for (int k = 0; k < 16; k++)
-      product(f->C_up, plan->O_up, n, v + k * plan->v_step, 1, plan->C, m + k * plan->m_step,
-              COLUMNS, plan->O_up, sums + k * f->product_size, plan->O_up, first > begin);
-    sum_gradient(plan, m, n, m + 16 * plan->m_step, sums + 16 * f->product_size, first > begin);
+    for (long o = 0; o < O_up; o++) total[o] = add ? total[o] + sum[o] : sum[o];
   }
   give_back(v, size);
 }
 
 /* The kernel's gradient G' s G for one input channel, s being the sum of all pieces. */
-static void transform_sums(void *argument, long c) {
-  ParameterGradient *f = argument;
+static INLINE void transform_sums_of(const ParameterGradient *f, long c, int bf16) {
   long O = f->plan.O, tap = f->plan.C * O;
-  float *to = f->of_kernel + c * O;
+  void *to = (void *)pixel(&f->plan, f->of_kernel, c * O);
 #pragma omp simd
   for (long o = 0; o < O; o++) {
     float s[16], t[12];
@@ -655,19 +309,26 @@ static void transform_sums(void *argument, long c) {
     for (int i = 0; i < 3; i++) {
       float a = t[4 * i], b = 0.5f * (t[4 * i + 1] + t[4 * i + 2]),
             e = 0.5f * (t[4 * i + 1] - t[4 * i + 2]);
-      to[(3 * i) * tap + o] = a + b;
-      to[(3 * i + 1) * tap + o] = e;
-      to[(3 * i + 2) * tap + o] = b + t[4 * i + 3];
+      float taps[3] = {a + b, e, b + t[4 * i + 3]};
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; j++)
+        write_pixel(to, (3 * i + j) * tap + o, round_to_pixel(taps[j], bf16), bf16);
     }
   }
+}
+
+static void transform_sums(void *argument, long c) {
+  ParameterGradient *f = argument;
+  FOR_DTYPE_OF(&f->plan, transform_sums_of, f, c);
 }
 
 /* The bias's gradient: the output's gradient, summed over all pixels. */
 static void sum_bias(const ParameterGradient *f) {
   for (long o = 0; o < f->plan.O; o++) {
-    f->of_bias[o] = 0;
+    float sum = 0;
     for (long piece = 0; piece < f->pieces; piece++)
-      f->of_bias[o] += f->sums[piece * f->piece_size + 16 * f->product_size + o];
+      sum += f->sums[piece * f->piece_size + 16 * f->product_size + o];
+    write_pixel(f->of_bias, o, round_to_pixel(sum, f->plan.bf16), f->plan.bf16);
   }
 }
 
@@ -701,24 +362,38 @@ static XLA_FFI_Error *out_of_memory(const XLA_FFI_CallFrame *frame) {
   return frame->api->XLA_FFI_Error_Create(&args);
 }
 
+/* Plans chunks, tasks and the layout of the buffers of a convolution. */
+static void plan_convolution(Forward *f, const XLA_FFI_Buffer *images, long C, long O, long threads,
+                             const float *zeros) {
+  Plan *plan = &f->plan;
+  f->depth = takes_pairs(images) ? (C + 1) / 2 : C;
+  /* With few input channels a chunk of that size would be all tiles, and leave no other tasks. */
+  long elements = 16 * max(f->depth, 32);
+  make_plan(plan, images, C, O, f->output.maxima != NULL, elements, zeros);
+  f->groups = min(plan->O_up / COLUMNS, (threads + plan->chunks - 1) / plan->chunks);
+  f->v_step = plan->chunk * f->depth + ROWS + 16;
+  f->m_step = STRIP * WIDTH * COLUMNS + 16;
+  f->u_step = f->depth * plan->O_up + 16;
+  if (!f->output.bias) f->output.bias = zeros;
+}
+
 /* Runs the convolution that `f` describes, but for its plan and its view of the kernel, which are
    made here. `rotated` rotates the kernel by 180 degrees and exchanges its channels. */
-static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, Forward *f, const int64_t *images,
-                               const XLA_FFI_Buffer *kernel, int rotated) {
+static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, Forward *f,
+                               const XLA_FFI_Buffer *images, const XLA_FFI_Buffer *kernel,
+                               int rotated) {
   const int64_t *dims = kernel->dims; /* [3, 3, C, O] */
   f->kernel = kernel->data;
   f->tap = rotated ? -dims[2] * dims[3] : dims[2] * dims[3];
   f->first = rotated ? 8 * dims[2] * dims[3] : 0;
   f->in = rotated ? 1 : dims[3];
   f->out = rotated ? dims[3] : 1;
-  long C = dims[rotated ? 3 : 2], O = dims[rotated ? 2 : 3], threads = num_threads(frame);
+  long C = dims[rotated ? 3 : 2], O = dims[rotated ? 2 : 3];
   size_t u_size, zeros_size;
   float *zeros = borrow(max(C, O), &zeros_size);
-  make_plan(&f->plan, images, C, O, f->maxima != NULL, zeros);
-  if (!f->bias) f->bias = zeros;
-  f->groups = min(f->plan.O_up / COLUMNS, (threads + f->plan.chunks - 1) / f->plan.chunks);
+  plan_convolution(f, images, C, O, num_threads(frame), zeros);
   int shared = f->plan.chunks > 1;
-  f->u = shared ? borrow(16 * f->plan.u_step, &u_size) : NULL;
+  f->u = shared ? borrow(16 * f->u_step, &u_size) : NULL;
   if (zeros && (f->u || !shared)) {
     memset(zeros, 0, max(C, O) * sizeof(float));
     if (shared) parallel_for(frame, f->plan.O_up / COLUMNS, transform_kernel, f);
@@ -734,23 +409,24 @@ static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, Forward *f, const
 XLA_FFI_Error *tinyvgg_convolution_relu(XLA_FFI_CallFrame *frame) {
   if (answers_metadata_query(frame)) return NULL;
   const XLA_FFI_Buffer *x = argument(frame, 0);
-  Forward f = {.x = x->data, .bias = argument(frame, 2)->data, .y = result(frame, 0)->data};
-  return convolve(frame, &f, x->dims, argument(frame, 1), 0);
+  Output output = {.bias = argument(frame, 2)->data, .y = result(frame, 0)->data};
+  Forward f = {.x = x->data, .output = output};
+  return convolve(frame, &f, x, argument(frame, 1), 0);
 }
 
 /* The same with 2x2 max pooling -> [B, H / 2, W / 2, O], and the maxima, uint8 of the same shape */
 XLA_FFI_Error *tinyvgg_convolution_relu_pool(XLA_FFI_CallFrame *frame) {
   if (answers_metadata_query(frame)) return NULL;
   const XLA_FFI_Buffer *x = argument(frame, 0);
-  Forward f = {.x = x->data,
-               .bias = argument(frame, 2)->data,
-               .y = result(frame, 0)->data,
-               .maxima = result(frame, 1)->data};
-  return convolve(frame, &f, x->dims, argument(frame, 1), 0);
+  Output output = {.bias = argument(frame, 2)->data,
+                   .y = result(frame, 0)->data,
+                   .maxima = result(frame, 1)->data};
+  Forward f = {.x = x->data, .output = output};
+  return convolve(frame, &f, x, argument(frame, 1), 0);
 }
 
-/* Reads the gate of a gradient of the same shape: float32, the outputs of the ReLU; or uint8, the
-   maxima of the pooling, where the gradient is already divided by their number. */
+/* Reads the gate of a gradient of the same shape: uint8, the maxima of the pooling, where the
+   gradient is already divided by their number; else the outputs of the ReLU. */
 static Gate gate_of(const XLA_FFI_Buffer *buffer) {
   if (buffer->dtype == XLA_FFI_DataType_U8) return (Gate){.maxima = buffer->data};
   return (Gate){.outputs = buffer->data};
@@ -762,10 +438,29 @@ XLA_FFI_Error *tinyvgg_input_gradient(XLA_FFI_CallFrame *frame) {
   if (answers_metadata_query(frame)) return NULL;
   const XLA_FFI_Buffer *y = result(frame, 0);
   Forward f = {.x = argument(frame, 0)->data,
-               .x_gate = gate_of(argument(frame, 1)),
-               .least = -INFINITY,
-               .y = y->data};
-  return convolve(frame, &f, y->dims, argument(frame, 2), 1);
+               .gate = gate_of(argument(frame, 1)),
+               .output = {.least = -INFINITY, .y = y->data}};
+  return convolve(frame, &f, y, argument(frame, 2), 1);
+}
+
+/* Plans chunks, pieces and the layout of the buffers of a kernel's gradient. */
+static void plan_sums(ParameterGradient *f, const XLA_FFI_Buffer *images, long C, long O,
+                      long threads, const float *zeros) {
+  Plan *plan = &f->plan;
+  int tiles_in_row = takes_pairs(images) ? 2 : 1;
+  make_plan(plan, images, C, O, f->gate.maxima != NULL,
+            16 * (C + round_up(O, COLUMNS)) / tiles_in_row, zeros);
+  /* The extra 16 elements keep rows, and the 16 streams, from falling into the same sets of the
+     cache. */
+  f->v_row = round_up(C, 16) + 16;
+  f->m_row = plan->O_up + 16;
+  long rows = (plan->chunk + tiles_in_row - 1) / tiles_in_row;
+  f->v_step = rows * f->v_row + 16;
+  f->m_step = rows * f->m_row + 16;
+  f->C_up = round_up(C, ROWS);
+  f->pieces = min(threads, plan->chunks);
+  f->product_size = f->C_up * plan->O_up + 16;
+  f->piece_size = 16 * f->product_size + plan->O_up;
 }
 
 /* The gradients of kernel and bias: (images [B, H, W, C], gradient [B, h, w, O], gate [B, h, w, O])
@@ -781,11 +476,7 @@ XLA_FFI_Error *tinyvgg_parameter_gradient(XLA_FFI_CallFrame *frame) {
   long C = x->dims[3], O = gradient->dims[3], channels = max(C, O);
   size_t sums_size, zeros_size;
   float *zeros = borrow(channels, &zeros_size);
-  make_plan(&f.plan, x->dims, C, O, f.gate.maxima != NULL, zeros);
-  f.C_up = round_up(f.plan.C, ROWS);
-  f.pieces = min(num_threads(frame), f.plan.chunks);
-  f.product_size = f.C_up * f.plan.O_up + 16;
-  f.piece_size = 16 * f.product_size + f.plan.O_up;
+  plan_sums(&f, x, C, O, num_threads(frame), zeros);
   f.sums = borrow(f.pieces * f.piece_size, &sums_size);
   if (zeros && f.sums) {
     memset(zeros, 0, channels * sizeof(float));

@@ -29,6 +29,8 @@ from tinyvgg_jax.ops.varying import vary_alike
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("winograd.c")
+# They are included by the source, which is all that is compiled.
+_HEADERS = tuple(sorted(_SOURCE.parent.glob("*.h")))
 _TARGETS = (
     "tinyvgg_convolution_relu",
     "tinyvgg_convolution_relu_pool",
@@ -54,33 +56,33 @@ def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
     """Computes `relu(convolution(images, kernel) + bias)` with stride 1 and SAME padding.
 
     Args:
-        images: `[B, H, W, C]` float32.
-        kernel: `[3, 3, C, O]` float32.
-        bias: `[O]` float32.
+        images: `[B, H, W, C]`, float32 or bfloat16.
+        kernel: `[3, 3, C, O]`, the same dtype.
+        bias: `[O]`, the same dtype.
 
     Returns:
-        `[B, H, W, O]` float32.
+        `[B, H, W, O]`, the same dtype.
     """
     shape = (*images.shape[:3], kernel.shape[3])
-    return _call("tinyvgg_convolution_relu", _floats(shape), images, kernel, bias)
+    return _call("tinyvgg_convolution_relu", _like(images, shape), images, kernel, bias)
 
 
 def convolution_relu_pool(images: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
     """Computes `convolution_relu` with 2x2 max pooling, and which pixels are the maxima.
 
     Args:
-        images: `[B, H, W, C]` float32.
-        kernel: `[3, 3, C, O]` float32.
-        bias: `[O]` float32.
+        images: `[B, H, W, C]`, float32 or bfloat16.
+        kernel: `[3, 3, C, O]`, the same dtype.
+        bias: `[O]`, the same dtype.
 
     Returns:
-        The pooled output, `[B, H // 2, W // 2, O]` float32, and a mask of the same shape, uint8.
+        The pooled output, `[B, H // 2, W // 2, O]`, the same dtype, and a uint8 mask of its shape.
         Bit 2i + j of the mask is set if pixel (i, j) of the 2x2 square is the maximum. No bit is
         set if the maximum is not positive, because then ReLU lets no gradient through.
     """
     B, H, W, _ = images.shape
     shape = (B, H // 2, W // 2, kernel.shape[3])
-    results = (_floats(shape), jax.ShapeDtypeStruct(shape, jnp.uint8))
+    results = (_like(images, shape), jax.ShapeDtypeStruct(shape, jnp.uint8))
     return _call("tinyvgg_convolution_relu_pool", results, images, kernel, bias)
 
 
@@ -88,37 +90,37 @@ def input_gradient(gradient: Array, gate: Array, kernel: Array, shape: tuple[int
     """Computes the gradient of the images of one of the two operations above.
 
     Args:
-        gradient: the output's gradient, float32. With pooling, each square's gradient divided by
-            its number of maxima, because each of them receives an equal part.
+        gradient: the output's gradient, float32 or bfloat16. With pooling, each square's gradient
+            divided by its number of maxima, because each of them receives an equal part.
         gate: where the gradient goes through, of the shape of `gradient`: the output of
-            `convolution_relu`, float32, or the mask of `convolution_relu_pool`, uint8.
-        kernel: `[3, 3, C, O]` float32.
+            `convolution_relu`, the dtype of `gradient`, or the mask of `convolution_relu_pool`.
+        kernel: `[3, 3, C, O]`, the dtype of `gradient`.
         shape: `(B, H, W, C)`, the shape of the images.
 
     Returns:
-        `[B, H, W, C]` float32.
+        `[B, H, W, C]`, the dtype of `gradient`.
     """
-    return _call("tinyvgg_input_gradient", _floats(shape), gradient, gate, kernel)
+    return _call("tinyvgg_input_gradient", _like(gradient, shape), gradient, gate, kernel)
 
 
 def parameter_gradient(images: Array, gradient: Array, gate: Array) -> tuple[Array, Array]:
     """Computes the gradients of kernel and bias of one of the two operations above.
 
     Args:
-        images: `[B, H, W, C]` float32.
+        images: `[B, H, W, C]`, the dtype of `gradient`.
         gradient: as for `input_gradient`.
         gate: as for `input_gradient`.
 
     Returns:
-        `[3, 3, C, O]` and `[O]`, float32.
+        `[3, 3, C, O]` and `[O]`, the same dtype.
     """
     C_in, C_out = images.shape[3], gradient.shape[3]
-    results = (_floats((3, 3, C_in, C_out)), _floats((C_out,)))
+    results = (_like(images, (3, 3, C_in, C_out)), _like(images, (C_out,)))
     return _call("tinyvgg_parameter_gradient", results, images, gradient, gate)
 
 
-def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _like(array: Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, array.dtype)
 
 
 def _result(array: jax.ShapeDtypeStruct, kind: Any) -> jax.ShapeDtypeStruct:
@@ -205,7 +207,7 @@ def _identity(compiler: str) -> list[str]:
         features = platform.processor()
     stat = Path(compiler).stat()
     return [
-        _SOURCE.read_text(encoding="utf-8"),
+        *(file.read_text(encoding="utf-8") for file in (_SOURCE, *_HEADERS)),
         *_FLAGS,
         compiler,
         str(stat.st_mtime_ns),
