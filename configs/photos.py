@@ -1,7 +1,7 @@
 """The default network for pictures that nobody prepared: photos and drawings of garments.
 
 python -m tinyvgg_jax.main --config photos
-python -m tinyvgg_jax.main --mode predict --workdir runs/photos PICTURES
+python -m tinyvgg_jax.main --mode predict --workdir runs/photos --views 4 PICTURES
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.num_epochs = 10
     config.ema_decay = 0.995
     config.model.dropout = 0.1
-    # Shoes are seldom level in pictures, and seldom all garments equally large.
+    # Shoes are seldom level in pictures, and garments seldom equally large.
     config.augment.rotation_degrees = 30.0
     config.augment.scale = 0.1
     config.augment.shift_pixels = 1
