@@ -153,8 +153,8 @@ def test_an_unknown_recipe_is_one_line_with_the_nearest(
     result = command_line("--config", "qick", "--config.num_epochs=1")
     assert result.returncode == 2
     assert result.stderr == (
-        "tinyvgg_jax: unknown recipe 'qick'; one of best, default, fast, micro, photos, quick, or a "
-        ".py file; did you mean 'quick'?\n"
+        "tinyvgg_jax: unknown recipe 'qick'; one of best, default, fast, micro, photos, quick, "
+        "or a .py file; did you mean 'quick'?\n"
     )
 
 
