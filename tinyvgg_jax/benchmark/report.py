@@ -18,6 +18,7 @@ from tinyvgg_jax.runs.files import write_text
 _PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"`|]+/)+")
 
 
+_UNDER_WAY = "under way"
 _NO_TIME = "not begun: the time was over"
 _EXPLANATION = (
     "Medians with the lowest and the highest of n turns; accuracies as mean ± standard deviation "
@@ -61,21 +62,28 @@ class Report:
             InterruptedRunError: after SIGINT or SIGTERM, when the file says so.
             UserError: if the file cannot be written.
         """
-        for part in self._parts:
-            if self._is_over():
-                self._states[part.name] = _NO_TIME
-                continue
-            print(f"{part.name}: {part.title} ...", flush=True)
-            self._states[part.name] = "under way"
-            try:
-                self.write()
-                self._measure(part)
-            except InterruptedRunError:
-                self._states[part.name] = "interrupted"
-                self.write()
-                raise
-            print(f"{part.name}: {self._states[part.name]}", flush=True)
+        try:
+            for part in self._parts:
+                self._run_part(part)
+        except InterruptedRunError:
+            # The signal may have come anywhere, also between two parts.
+            for name, state in self._states.items():
+                if state == _UNDER_WAY:
+                    self._states[name] = "interrupted"
+            self.write()
+            raise
         self.write()
+
+    def _run_part(self, part: Part) -> None:
+        """Measures a part, unless the time is over, and says so on standard output."""
+        if self._is_over():
+            self._states[part.name] = _NO_TIME
+            return
+        self._states[part.name] = _UNDER_WAY
+        self.write()
+        print(f"{part.name}: {part.title} ...", flush=True)
+        self._measure(part)
+        print(f"{part.name}: {self._states[part.name]}", flush=True)
 
     def _is_over(self) -> bool:
         return time.monotonic() - self._start >= self._budget
