@@ -27,6 +27,7 @@ from tinyvgg_jax.data import (
     load_splits,
     padded_batches,
     prepare,
+    progress,
     splits,
     stream,
 )
@@ -562,7 +563,7 @@ def test_decoding_shows_lines_without_a_terminal_and_only_if_it_takes_long(
 ) -> None:
     load(bars)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(splits, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
     monkeypatch.setattr(splits, "_DECODE_BATCH", 200)
     os.utime(bars / FILES[0], (1, 1))
     load(bars)
@@ -581,7 +582,7 @@ def test_decoding_shows_a_bar_on_a_terminal(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     load(bars)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(splits, "_BAR_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_BAR_AFTER_SECONDS", 0.0)
     os.utime(bars / FILES[0], (1, 1))
     load(bars)
     shown = capsys.readouterr().err

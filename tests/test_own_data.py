@@ -1,8 +1,10 @@
 """Datasets that are prepared from a folder of pictures, or of IDX files of other classes."""
 
+import errno
 import gzip
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from conftest import ROOT, stored
 from ml_collections import ConfigDict
 from PIL import Image
@@ -18,6 +21,7 @@ from test_data import idx_bytes, write_idx_folder
 from tinyvgg_jax import load_predictor
 from tinyvgg_jax.config import validated
 from tinyvgg_jax.data import Options, find_dataset, load_splits, prepare
+from tinyvgg_jax.data.dataset import require_same_source
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.predict import FilePrediction, predict_files
 from tinyvgg_jax.runs.folder import read_dataset
@@ -94,6 +98,18 @@ def test_copies_of_a_picture_are_on_one_side(
     assert not own["train"] & own["test"] and not own["train"] & own["validation"]
 
 
+def test_a_picture_in_two_classes_is_on_one_side(tmp_path: Path) -> None:
+    """Its class decides which picture of a small one is for the test."""
+    for seed in range(20):
+        folder = tmp_path / str(seed)
+        for i in range(4):
+            paint(folder / "a" / f"{i}.png", COLOURS["red"], 100 * seed + i, (20, 20))
+            paint(folder / "b" / f"{i}.png", COLOURS["green"], 100 * seed + 50 + i, (20, 20))
+            shutil.copy(folder / "a" / f"{i}.png", folder / "b" / f"copy {i}.png")
+        given = contents(load(folder, tmp_path / "tfds", f"own{seed}")[0])
+        assert given["train"].isdisjoint(given["test"])
+
+
 def test_given_splits_are_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "pictures"
     make_folder(folder / "train", 30)
@@ -154,6 +170,15 @@ def faults(folder: Path) -> dict[str, str]:
     make_folder(folder / "case", 3)
     paint(folder / "case" / "Green" / "1.png", COLOURS["green"], 7, (20, 20))
     make_folder(folder / "half" / "train", 3)
+    for case in ("beside", "flat"):
+        for split in ("train", "test"):
+            make_folder(folder / case / split, 3)
+    make_folder(folder / "beside" / "predict", 3)
+    make_folder(folder / "hollow", 3)
+    for path in (folder / "hollow" / "green").iterdir():
+        path.rename(path.with_suffix(".heic_"))
+    shutil.rmtree(folder / "flat" / "test")
+    paint(folder / "flat" / "test" / "1.png", COLOURS["red"], 1, (20, 20))
     for case, name in (("break", "sky\nblue"), ("blank", " "), ("bytes", os.fsdecode(b"d\xe9j"))):
         make_folder(folder / case, 3)
         (folder / case / "red").rename(folder / case / name)
@@ -164,6 +189,9 @@ def faults(folder: Path) -> dict[str, str]:
         "single": "class 'red' in",
         "case": "names differ by case only: ['Green', 'green'].",
         "half": "needs both train and test, or neither.",
+        "beside": "and beside them 'predict'.",
+        "flat": "test holds no folders of classes.",
+        "hollow": "green holds no pictures of a format that can be read here.",
         "break": "or bytes that are no text: 'sky\\nblue'.",
         "blank": "bytes that are no text: ''.",
         "bytes": "bytes that are no text: 'd\\udce9j",
@@ -177,8 +205,52 @@ def test_folders_that_are_not_right_are_refused(tmp_path: Path) -> None:
         message = str(raised.value)
         assert words in message and "\n" not in message, name
         assert not list((tmp_path / "tfds").iterdir()), name
-    with pytest.raises(UserError, match="small letters"):
-        load(make_folder(tmp_path / "good", 3), tmp_path / "tfds", "Own")
+    good = make_folder(tmp_path / "good", 3)
+    for name in ("Own", "own-1", "1own", "é", "../x", "x" * 300):
+        with pytest.raises(UserError, match="small letters"):
+            load(good, tmp_path / "tfds", name)
+    with pytest.raises(UserError, match=r"give it a name of its own: --config\.data\.name=NAME"):
+        load(good, tmp_path / "tfds", "fashion_mnist")
+
+
+def test_links_to_nothing_are_pictures_that_cannot_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_folder(tmp_path / "pictures", 5)
+    (folder / "red" / "zz.png").symlink_to("/nowhere/x.png")
+    (folder / "red" / "loop.png").symlink_to("loop.png")
+    splits, _, dataset = load(folder, tmp_path / "tfds")
+    assert sum(map(len, splits.values())) == 15
+    assert "2 of 17 pictures cannot be read." in caplog.text
+    require_same_source(dataset, str(folder))
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = make_folder(tmp_path / "pictures", 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match=r"cannot prepare own in .*No space left on device"):
+            load(folder, tmp_path / "tfds")
+    assert not list((tmp_path / "tfds").iterdir())
+    # The writer of array_record raises errors of its own.
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            tfds.core.DatasetBuilder,
+            "download_and_prepare",
+            lambda *_, **__: (_ for _ in ()).throw(RuntimeError("write() failed: No space left")),
+        )
+        with pytest.raises(UserError, match=r"cannot prepare own in .*: write.. failed: No space"):
+            load(folder, tmp_path / "tfds")
+    assert not list((tmp_path / "tfds").iterdir())
+
+
+def test_a_set_of_two_pictures_a_class_has_all_splits(tmp_path: Path) -> None:
+    splits, _, dataset = load(make_folder(tmp_path / "pictures", 2), tmp_path / "tfds")
+    sizes = {name: dataset.num_examples(text) for name, text in dataset.default_splits().items()}
+    assert sum(sizes.values()) == 6 and all(sizes.values()), splits.keys()
 
 
 def test_a_source_that_is_not_read_again_is_named(
@@ -200,7 +272,14 @@ def test_a_source_that_is_not_read_again_is_named(
     config.data.image_size = 32
     with pytest.raises(UserError, match=r"image_size is 32, and the own in .* has 28"):
         find_data(validated(config))
-    config.data.image_size, config.data.source_dir = None, str(folder)
+    config.data.image_size, config.data.fit = None, "pad"
+    with pytest.raises(UserError, match=r"fit is pad, and the own in .* has crop"):
+        find_data(validated(config))
+    # A source that is gone is missed by nobody.
+    config.data.fit, config.data.source_dir = None, str(tmp_path / "gone")
+    find_data(validated(config))
+    assert "gone is not there any more; own is used as it was." in caplog.text
+    config.data.source_dir = str(folder)
     paint(folder / "red" / "new.png", COLOURS["red"], 99, (20, 20))
     with pytest.raises(UserError, match="was prepared from other content"):
         find_data(validated(config))
@@ -236,7 +315,7 @@ def test_the_command_line_trains_on_a_folder(tmp_path: Path) -> None:
 
 def test_odd_names_of_classes_are_kept_and_shown_safely(tmp_path: Path) -> None:
     """Text that runs from right to left, HTML, quotes, spaces around, and another script."""
-    names = ("\u202egnp.txt", "<b>x</b>", " spaced ", "日本", 'it\'s "q"')
+    names = ("\u202egnp.txt", "<b>x", " spaced ", "日本", 'it\'s "q"')
     for k, name in enumerate(names):
         for i in range(12):
             paint(
@@ -255,7 +334,7 @@ def test_odd_names_of_classes_are_kept_and_shown_safely(tmp_path: Path) -> None:
         assert "\u202e" not in done.stdout + done.stderr
     assert load_predictor(tmp_path / "run").class_names == tuple(sorted(n.strip() for n in names))
     page = (tmp_path / "run" / "evaluation" / "report.html").read_text(encoding="utf-8")
-    assert "<b>x</b>" not in page and "&lt;b&gt;x&lt;/b&gt;" in page
+    assert "<b>x" not in page and "&lt;b&gt;x" in page
 
 
 # IDX files
@@ -291,6 +370,23 @@ def test_idx_files_of_letters_are_prepared(
     few = write_letters(tmp_path / "few", 0, "a\nb\n")
     with pytest.raises(UserError, match="has 2 names, and the labels 5 classes"):
         load(few, tmp_path / "tfds", "few")
+
+
+def test_what_idx_files_cannot_be_is_said(tmp_path: Path, config: ConfigDict) -> None:
+    folder = write_letters(tmp_path / "idx", 1, "\ufeffa\nb\nc\nd\ne\n")
+    config.data.name, config.data.data_dir = "letters", str(tmp_path / "tfds")
+    config.data.source_dir, config.data.channels = str(folder), 3
+    config.data.train_split = config.data.validation_split = config.data.test_split = None
+    for _ in range(2):  # When it is prepared, and later.
+        with pytest.raises(UserError, match=r"channels is 3, and the letters in .* has 1"):
+            find_data(validated(config))
+    config.data.channels = None
+    find_data(validated(config))
+    # The byte order mark of an editor is no part of a name, and other names are another content.
+    assert find_dataset("letters", str(tmp_path / "tfds")).info.class_names == tuple("abcde")
+    (folder / "classes.txt").write_text("v\nw\nx\ny\nz\n")
+    with pytest.raises(UserError, match="was prepared from other content"):
+        find_data(validated(config))
 
 
 def test_fashion_mnist_has_the_papers_splits(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs that start from a trained one, and layers that stay as they are."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -12,9 +13,10 @@ from ml_collections import ConfigDict
 
 from tinyvgg_jax import train_and_evaluate
 from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.runs.files import write_json
 from tinyvgg_jax.runs.restore import restore
 from tinyvgg_jax.runs.run import first_state, make_run, with_source
-from tinyvgg_jax.runs.transfer import fitting_layers, frozen_layers, trained_params
+from tinyvgg_jax.runs.transfer import fitting_layers, frozen_layers, trained_network
 
 LAYERS = ["conv1_1", "conv2_1", "dense", "logits"]
 
@@ -69,13 +71,13 @@ def test_one_line_says_what_is_taken(
 def test_a_step_may_be_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder = trained[0]
     for name, step in (("", "best"), (":best", "best"), (":latest", "latest"), (":24", 24)):
-        ours = trained_params(f"{folder}{name}")
+        ours = trained_network(f"{folder}{name}").params
         assert all(layers_equal(ours, restore(folder, step)[1]).values()), name
     # A folder's own name may end like that.
     (tmp_path / "a:1").symlink_to(folder)
-    trained_params(f"{tmp_path / 'a:1'}")
+    trained_network(f"{tmp_path / 'a:1'}")
     with pytest.raises(UserError, match="there is no checkpoint of step 7"):
-        trained_params(f"{folder}:7")
+        trained_network(f"{folder}:7")
 
 
 def test_a_run_goes_on_when_its_source_is_gone(
@@ -120,6 +122,25 @@ def test_layers_are_named_whole_or_by_block() -> None:
         frozen_layers(params, ("conv3",))
     with pytest.raises(UserError, match="leaves no layer to be trained"):
         frozen_layers(params, ("conv1", "conv10", "dense"))
+
+
+def test_other_classes_have_a_last_layer_of_their_own(
+    config: ConfigDict,
+    trained: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = shutil.copytree(trained[0], tmp_path / "source")
+    content = json.loads((source / "dataset.json").read_text())
+    content["class_names"] = list(reversed(content["class_names"]))
+    (source / "dataset.json").unlink()
+    write_json(source / "dataset.json", {k: v for k, v in content.items() if k != "sha256"})
+    for folder, last_is_taken in ((trained[0], True), (source, False)):
+        config.init_from, config.freeze = str(folder), ("logits",)
+        run = with_source(make_run(config, tmp_path / "run"))
+        assert run.source is not None
+        assert ("logits" in run.source) == last_is_taken and "dense" in run.source
+        assert ("config.freeze keeps logits" in caplog.text) != last_is_taken
 
 
 def test_a_damaged_source_is_said(

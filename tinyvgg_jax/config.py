@@ -138,7 +138,10 @@ FIELDS: dict[str, Field] = {
         float, "decay of a moving average of the parameters, or 0", (_FRACTION,), value_before=0.0
     ),
     "init_from": Field(
-        (str, type(None)), "WORKDIR or WORKDIR:STEP of a run to start from", value_before=None
+        (str, type(None)),
+        "WORKDIR or WORKDIR:STEP of a run to start from",
+        (Check(lambda value: value != "", "the folder of a run, or left out"),),
+        value_before=None,
     ),
     "freeze": Field(
         tuple,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from tinyvgg_jax.data.folder import DEFAULTS, Options
 from tinyvgg_jax.errors import UserError, first_line
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import FITS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Dataset:
             return dict(prepare.SPLITS)
         if "validation" in self.sizes:
             return {"train": "train", "validation": "validation", "test": "test"}
+        if self.sizes["train"] < 10:  # A tenth would be none.
+            return {"train": "train[:-1]", "validation": "train[-1:]", "test": "test"}
         return {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
 
     def num_examples(self, specification: str) -> int:
@@ -167,6 +172,10 @@ def find_dataset(
             class each.
     """
     folder = _data_folder(data_dir)
+    if source_dir is not None:
+        from tinyvgg_jax.data import prepare
+
+        prepare.check_name(name, local_path(source_dir).absolute())
     builder = _builder(name, folder) or _prepared(name, folder, source_dir, options)
     _require_array_record(builder)
     return Dataset(builder, _describe(builder))
@@ -212,9 +221,10 @@ def _builder(name: str, data_dir: Path) -> Any:
         raise
     except Exception as error:
         # tfds raises errors of many classes for damaged metadata and for ill-formed names.
+        reason = first_line(error).rstrip(".")
         raise UserError(
-            f"the dataset {name!r} in {data_dir} cannot be read: {first_line(error)}. If it is "
-            "damaged, remove its folder and run again."
+            f"the dataset {name!r} in {data_dir} cannot be read: {reason}. If it is damaged, "
+            "remove its folder and run again."
         ) from error
     if plain and builder.name != plain[0]:
         raise _damaged(builder.data_path, f"dataset_info.json names it {builder.name!r}")
@@ -246,21 +256,24 @@ def require_same_source(
     for name, wanted, have in (
         ("image_size", options.image_size, H),
         ("channels", options.channels, C),
+        ("fit", options.fit, dataset.info.fit),
     ):
         if wanted not in (None, have):
             raise UserError(
                 f"config.data.{name} is {wanted}, and the {dataset.name} in {dataset.folder} has "
-                f"{have}. Leave it out, or pass another config.data.name."
+                f"{have}. Leave it out, or pass another config.data.name or data_dir."
             )
     recorded = _recorded_source(dataset.folder)
     if source_dir is None or recorded is None:
         return
     source = local_path(source_dir).absolute()
-    if prepare.describe_source(source, options) != recorded:
+    if not source.exists():
+        logger.warning("%s is not there any more; %s is used as it was.", source, dataset.name)
+        return
+    if prepare.describe_source(source, Options(fit=dataset.info.fit)) != recorded:
         raise UserError(
-            f"{dataset.folder} was prepared from other content, or with another config.data.fit, "
-            f"than {source} has now. Remove it to prepare it anew, or pass another "
-            "config.data.name or config.data.data_dir."
+            f"{dataset.folder} was prepared from other content than {source} has now. Remove it to "
+            "prepare it anew, or pass another config.data.name or config.data.data_dir."
         )
 
 

@@ -1,6 +1,7 @@
 """A folder of pictures as a dataset: its classes, its splits, and its pixels."""
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -147,7 +148,10 @@ def fingerprint(folder: Path) -> str:
     """
     sha = hashlib.sha256()
     for file in _list(folder):
-        size = file.path.stat().st_size
+        try:
+            size = file.path.stat().st_size
+        except OSError:  # It may be a link to nothing, which is no picture either.
+            size = -1
         sha.update(
             f"{file.path.relative_to(folder).as_posix()}\0{size}\0".encode("utf-8", "replace")
         )
@@ -155,31 +159,53 @@ def fingerprint(folder: Path) -> str:
 
 
 def _list(folder: Path) -> list[_File]:
-    """Lists the pictures in the folders of classes."""
-    try:
-        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {(error.strerror or '').lower()}.") from error
-    shown = [path for path in subfolders if not path.name.startswith(".")]
+    """Lists the pictures in the folders of classes.
+
+    Raises:
+        UserError: if a folder cannot be read, or holds no pictures.
+    """
+    shown = _subfolders(folder)
     given = {path: _SPLITS.get(path.name.lower(), "") for path in shown}
-    if shown and all(given.values()):
-        of_splits = [
-            (one, split) for path, split in given.items() for one in sorted(path.iterdir())
-        ]
+    if "train" in given.values() and len(set(given.values()) - {""}) > 1:
+        others = [path.name for path, split in given.items() if not split]
+        if others:
+            raise UserError(
+                f"{folder} holds folders of splits, such as train, and beside them {others[0]!r}. "
+                "Move that away."
+            )
+        of_splits = [(one, split) for path, split in given.items() for one in _subfolders(path)]
+        empty = set(given) - {one.parent for one, _ in of_splits}
+        if empty:
+            raise UserError(f"{min(empty)} holds no folders of classes.")
+    elif shown and all(given.values()):
+        raise UserError(f"{folder} needs both train and test, or neither.")
     else:
         of_splits = [(path, "") for path in shown]
-    files = [
-        _File(picture, path.name.strip(), split)
-        for path, split in of_splits
-        if path.is_dir() and not path.name.startswith(".")
-        for picture in list_pictures(path)
-    ]
+    files = []
+    for path, split in of_splits:
+        pictures = list_pictures(path)
+        if not pictures:
+            raise UserError(f"{path} holds no pictures of a format that can be read here.")
+        files += [_File(picture, path.name.strip(), split) for picture in pictures]
     if not files:
         raise UserError(
             f"{folder} holds no pictures in folders: it needs a folder for each class, or train "
             "and test with those."
         )
     return files
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Lists the folders in a folder, sorted, but for hidden ones and what a Mac adds to archives.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {(error.strerror or '').lower()}.") from error
+    return [path for path in subfolders if not path.name.startswith((".", "__MACOSX"))]
 
 
 def _class_names(folder: Path, files: list[_File]) -> tuple[str, ...]:
@@ -221,6 +247,7 @@ def _decode(files: list[_File], options: Options, scratch: Path) -> _Decoded:
     images = np.lib.format.open_memmap(
         scratch / "pictures.npy", "w+", np.uint8, (len(files), *shape)
     )
+    _reserve(scratch / "pictures.npy")
     good: list[_File] = []
     digests: list[str] = []
     errors: list[str] = []
@@ -239,6 +266,18 @@ def _decode(files: list[_File], options: Options, scratch: Path) -> _Decoded:
     if errors:
         logger.warning("%s of %s pictures cannot be read.", f"{len(errors):,}", f"{len(files):,}")
     return _Decoded(good, digests, images)
+
+
+def _reserve(path: Path) -> None:
+    """Reserves a file's whole size on the disk.
+
+    A memory-mapped file has holes, and a full disk would end the process when one is written to.
+
+    Raises:
+        OSError: if the disk is too full.
+    """
+    with path.open("r+b") as file, contextlib.suppress(AttributeError):  # macOS has no such call.
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _read_all(files: list[_File], options: Options) -> Iterator[tuple[str, np.ndarray] | UserError]:
@@ -282,9 +321,9 @@ def _split(folder: Path, decoded: _Decoded, names: tuple[str, ...]) -> dict[str,
         UserError: if a class has too few pictures, or a split is missing that must be given.
     """
     given = {file.split for file in decoded.files} - {""}
+    rows = _without_copies(decoded)
     if given and not {"train", "test"} <= given:
         raise UserError(f"{folder} needs both train and test, or neither.")
-    rows = _without_copies(decoded)
     splits: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for name in names:
         own = [i for i in rows if decoded.files[i].class_name == name]
@@ -302,7 +341,22 @@ def _split(folder: Path, decoded: _Decoded, names: tuple[str, ...]) -> dict[str,
         if "validation" not in given:
             share = _VALIDATION if given else _VALIDATION / (_TRAIN + _VALIDATION)
             _move(splits, decoded, ours, "validation", share, at_least=0)
+    _keep_on_one_side(splits, decoded)
+    for name in names:
+        if not any(decoded.files[i].class_name == name for i in splits["train"]):
+            raise UserError(
+                f"all pictures of class {name!r} in {folder} are in other classes, too."
+            )
     return {split: members for split, members in splits.items() if members}
+
+
+def _keep_on_one_side(splits: dict[str, list[int]], decoded: _Decoded) -> None:
+    """Leaves out of a split what is in one that is held back further, in another class."""
+    seen: set[str] = set()
+    for split in ("test", "validation", "train"):
+        digests = {decoded.digests[i] for i in splits[split]}
+        splits[split] = [i for i in splits[split] if decoded.digests[i] not in seen]
+        seen |= digests
 
 
 def _move(

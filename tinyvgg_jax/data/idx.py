@@ -162,7 +162,8 @@ def read_any(folder: Path) -> tuple[tuple[str, ...], dict[str, tuple[np.ndarray,
     if path.exists():
         try:
             with open_regular(path) as file:
-                lines = file.read().decode().splitlines()
+                # Some editors on Windows begin a file with a byte order mark.
+                lines = file.read().decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read ({error}).") from error
         names = tuple(line.strip() for line in lines if line.strip())
@@ -180,6 +181,14 @@ def content_sha256(folder: Path) -> str:
         path = find(folder, name)
         sha.update(hashlib.sha256(_read_bytes(path)).digest() if path else b"")
     return sha.hexdigest()
+
+
+def class_names_sha256(folder: Path) -> str | None:
+    """Computes a SHA-256 of the file with the classes' names; None if there is none."""
+    try:
+        return hashlib.sha256((folder / _CLASSES).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def unlike_fashion_mnist(folder: Path) -> list[str]:

@@ -17,8 +17,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tinyvgg_jax.data import fetch, idx
-from tinyvgg_jax.data.folder import Options, Rows, fingerprint, read_folder
-from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.data.folder import DEFAULTS, Options, Rows, fingerprint, read_folder
+from tinyvgg_jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def prepare_fashion_mnist(data_dir: Path, source_dir: Path | None) -> None:
         if unlike:
             logger.warning("The IDX files in %s are not FashionMNIST's; used as they are.", folder)
         logger.info("Preparing %s in %s ...", NAME, data_dir)
-        source = {"content": idx.content_sha256(folder)}
+        source = describe_source(folder, DEFAULTS)
         write_dataset(arrays, NAME, CLASS_NAMES, scratch, data_dir, source)
 
 
@@ -88,11 +88,6 @@ def prepare_own(name: str, data_dir: Path, source_dir: Path, options: Options) -
     Raises:
         UserError: if the folder is not right, or `data_dir` cannot be written to.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(
-            f"config.data.name must be small letters, digits and _ to name a new dataset, not "
-            f"{name!r}."
-        )
     with _scratch(name, data_dir) as scratch:
         examples: Examples
         if idx.is_idx_folder(source_dir):
@@ -100,21 +95,44 @@ def prepare_own(name: str, data_dir: Path, source_dir: Path, options: Options) -
         else:
             class_names, examples = read_folder(source_dir, options, scratch)
         sizes = ", ".join(f"{len(labels):,} {split}" for split, (_, labels) in examples.items())
+        classes = ", ".join([*class_names[:10], *(["..."] if len(class_names) > 10 else [])])
+        number = len(class_names)
         logger.info(
-            "Preparing %s in %s: %d classes, %s ...", name, data_dir, len(class_names), sizes
+            "Preparing %s in %s: %d classes (%s), %s ...", name, data_dir, number, classes, sizes
         )
         source = describe_source(source_dir, options)
         write_dataset(examples, name, class_names, scratch, data_dir, source)
+
+
+def check_name(name: str, source_dir: Path) -> None:
+    """Checks that what is in a folder can be prepared under a name.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if name == NAME:
+        if source_dir.is_dir() and not idx.is_idx_folder(source_dir):
+            raise UserError(
+                f"{source_dir} holds no IDX files of FashionMNIST. To train on a folder of "
+                "pictures, give it a name of its own: --config.data.name=NAME."
+            )
+    elif not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name):
+        raise UserError(
+            f"config.data.name must be small letters, digits and _ to name a new dataset, not "
+            f"{name!r}."
+        )
 
 
 def describe_source(source_dir: Path, options: Options) -> dict[str, Any]:
     """Describes what a dataset is prepared from, so that another source is recognised.
 
     Returns:
-        `content`, a hash, and for pictures `fit`; JSON-serialisable.
+        `content`, a hash; for pictures `fit`, and for IDX files `classes`, a hash of the file that
+        names them, if there is one; JSON-serialisable.
     """
     if idx.is_idx_folder(source_dir):
-        return {"content": idx.content_sha256(source_dir)}
+        names = idx.class_names_sha256(source_dir)
+        return {"content": idx.content_sha256(source_dir)} | ({"classes": names} if names else {})
     return {"content": fingerprint(source_dir), "fit": options.fit or "crop"}
 
 
@@ -159,8 +177,12 @@ def write_dataset(
         source: what is kept of the source, JSON-serialisable; None for nothing.
     """
     builder = _builder(examples, name, class_names, scratch / "prepared")
-    with _quiet():
-        builder.download_and_prepare(file_format="array_record")
+    try:
+        with _quiet():
+            builder.download_and_prepare(file_format="array_record")
+    except RuntimeError as error:
+        # The writer of array_record raises no OSError, for example where the disk is full.
+        raise UserError(f"cannot prepare {name} in {data_dir}: {first_line(error)}") from error
     built = Path(builder.data_path)
     if source is not None:
         (built / SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")

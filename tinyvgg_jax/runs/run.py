@@ -43,7 +43,7 @@ from tinyvgg_jax.pipeline import Keys
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.folder import steps_taken
 from tinyvgg_jax.runs.restore import abstract_params, build_model
-from tinyvgg_jax.runs.transfer import fitting_layers, frozen_layers, trained_params
+from tinyvgg_jax.runs.transfer import fitting_layers, frozen_layers, trained_network
 from tinyvgg_jax.step import (
     StepSums,
     TrainState,
@@ -170,15 +170,15 @@ def find_data(config: ConfigDict) -> ConfigDict:
     data, options = config.data, options_of(config)
     was_prepared = is_prepared(data.name, data.data_dir or default_data_dir())
     dataset = find_dataset(data.name, data.data_dir, data.source_dir, options)
-    if was_prepared:
-        require_same_source(dataset, data.source_dir, options)
-        if data.source_dir is not None:
-            logger.info(
-                "%s is prepared in %s already; %s is not read again.",
-                data.name,
-                dataset.folder,
-                data.source_dir,
-            )
+    # Another process may have prepared it meanwhile, and IDX files have a size of their own.
+    require_same_source(dataset, data.source_dir, options)
+    if was_prepared and data.source_dir is not None:
+        logger.info(
+            "%s is prepared in %s already; %s is not read again.",
+            data.name,
+            dataset.folder,
+            data.source_dir,
+        )
     return with_splits(config, dataset.default_splits())
 
 
@@ -251,9 +251,20 @@ def with_source(run: Run) -> Run:
     """
     if run.config.init_from is None or steps_taken(run.workdir):
         return run
-    source = trained_params(run.config.init_from)
+    trained = trained_network(run.config.init_from)
     layers = abstract_params(run.model, run.info.image_shape)
+    source = trained.params
+    if trained.class_names != run.info.class_names:
+        # The last layer tells classes apart, and these are others.
+        source = {layer: params for layer, params in source.items() if layer != "logits"}
     taken = fitting_layers(layers, source, run.config.init_from)
+    random = sorted(frozen_layers(layers, run.config.freeze) - set(taken))
+    if random:
+        logger.warning(
+            "config.freeze keeps %s, which %s does not have: as random as they begin.",
+            ", ".join(random),
+            run.config.init_from,
+        )
     return dataclasses.replace(run, source={layer: source[layer] for layer in taken})
 
 

@@ -1,24 +1,37 @@
 """Starting from a trained run: its parameters where they fit, new ones elsewhere."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.runs.folder import read_dataset
 from tinyvgg_jax.runs.restore import restore
 
 
-def trained_params(source: str) -> Any:
-    """Restores the parameters that a run starts from.
+class Trained(NamedTuple):
+    """A trained network.
+
+    Attributes:
+        params: tree of its arrays.
+        class_names: names of its classes, in the order of their labels.
+    """
+
+    params: Any
+    class_names: tuple[str, ...]
+
+
+def trained_network(source: str) -> Trained:
+    """Restores the network that a run starts from.
 
     Args:
         source: a run's folder, or `FOLDER:STEP` with a step as in `restore`; without one, the best
             by validation accuracy.
 
     Returns:
-        Tree of arrays.
+        The network.
 
     Raises:
         UserError: if there is no such run or checkpoint, or it is damaged.
@@ -28,7 +41,8 @@ def trained_params(source: str) -> Any:
     if not local_path(source).exists() and (found := re.fullmatch(r"(.+):(\w+)", source)):
         folder, step = found[1], found[2]
     try:
-        return restore(folder, int(step) if step.isdecimal() else step)[1]
+        params = restore(folder, int(step) if step.isdecimal() else step)[1]
+        return Trained(params, read_dataset(local_path(folder)).class_names)
     except UserError as error:
         raise UserError(f"config.init_from: {error}") from error
 
