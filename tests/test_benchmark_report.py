@@ -109,7 +109,7 @@ def test_no_part_or_seed_begins_after_the_time_is_over(
         "b": "not begun: the time was over",
     }
     assert "| 3 of 4 |" in path.read_text() and "| 9 |" not in path.read_text()
-    # What is complete when the time is over is done.
+    # A part that is complete when the time is over is done.
     assert measured([Part("a", "A", seeds(3))]) == {"a": "done in 120 s"}
 
 

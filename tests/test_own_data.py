@@ -99,7 +99,7 @@ def test_copies_of_a_picture_are_on_one_side(
 
 
 def test_a_picture_in_two_classes_is_on_one_side(tmp_path: Path) -> None:
-    """Its class decides which picture of a small one is for the test."""
+    """In a small class, the picture for the test is chosen class by class."""
     for seed in range(20):
         folder = tmp_path / str(seed)
         for i in range(4):

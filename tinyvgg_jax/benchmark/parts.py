@@ -72,7 +72,7 @@ REHEARSAL = Size(
 
 
 class Progress(NamedTuple):
-    """What a part has measured so far.
+    """State of a part that is under way.
 
     Attributes:
         body: Markdown.

@@ -50,7 +50,7 @@ class Processor(NamedTuple):
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether it multiplies bfloat16 numbers itself; otherwise software imitates that."""
+        """True if it multiplies bfloat16 numbers itself; otherwise software imitates that."""
         return bool(_BFLOAT16.intersection(self.instructions))
 
     def __str__(self) -> str:

@@ -68,7 +68,7 @@ static void locate(const Plan *plan, const void *x, long channels, long tile, in
     }
 }
 
-/* Where a gradient goes through; at most one of the two is not NULL:
+/* The gate that a gradient goes through; at most one of the two is not NULL:
      `outputs`, those of the ReLU, let it through where they are positive;
      `maxima`, a byte for each pooling square, let it through to pixel (i, j) if bit 2i + j is 1. */
 typedef struct {
