@@ -19,10 +19,11 @@ from PIL import Image
 from tinyvgg_jax import Predictor, UserError, load_predictor, pictures, predict
 from tinyvgg_jax.data import DatasetInfo, Split, load_splits
 from tinyvgg_jax.evaluate import evaluate
-from tinyvgg_jax.model import TinyVGG
+from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.pictures import Picture
 from tinyvgg_jax.predict import FilePrediction, _probabilities, predict_files
 from tinyvgg_jax.report.explain import explain_file
+from tinyvgg_jax.step import to_float
 
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 Trained = tuple[Path, dict[str, Any]]
@@ -98,6 +99,30 @@ def test_what_is_no_image_is_refused(predictor: Predictor) -> None:
     for value in (2.0, -0.1, np.nan):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             predictor(np.full((16, 16), value))
+
+
+def test_parameters_are_cast_once_for_bfloat16(
+    predictor: Predictor, test_split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = predictor.model.clone(dtype=jnp.bfloat16)
+    narrow = Predictor(model, predictor.params, predictor.image_shape, predictor.class_names)
+    given: list[Any] = []
+    original = predict._probabilities
+
+    def record(model: TinyVGG, mesh: Any, params: Any, images: Any) -> Any:
+        given.append(params)
+        return original(model, mesh, params, images)
+
+    monkeypatch.setattr(predict, "_probabilities", record)
+    images = test_split.images[:3]
+    first, again = narrow(images).probabilities, narrow(images).probabilities
+    assert {leaf.dtype for leaf in jax.tree.leaves(given[0])} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.tree.leaves(given[0])[0] is jax.tree.leaves(given[1])[0]
+    # The answers are those of float32 parameters, which each call would cast itself, but for the
+    # rounding of sums, whose order depends on the program.
+    logits = apply(model.clone(native=True), predictor.params, to_float(jnp.asarray(images)))
+    np.testing.assert_allclose(first, jax.nn.softmax(logits), atol=0.01)
+    np.testing.assert_array_equal(first, again)
 
 
 def test_any_number_of_images_compiles_once(predictor: Predictor, test_split: Split) -> None:

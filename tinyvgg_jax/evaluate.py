@@ -21,7 +21,7 @@ from tinyvgg_jax.data import (
     padded_batches,
 )
 from tinyvgg_jax.devices import AXIS, REPLICATED, SPLIT, num_devices, on_each, replicate
-from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.model import TinyVGG, apply, cast_params
 from tinyvgg_jax.step import to_float
 
 # A large batch keeps an accelerator busy; on a CPU, a smaller one is as fast and takes less memory.
@@ -131,7 +131,7 @@ def evaluate(
     # One long call gains nothing on a CPU, and a signal could not interrupt it.
     in_one_call = mesh is None and fits_on_device(split) and not on_cpu
     way = _evaluate_on_device if in_one_call else partial(_evaluate_streamed, mesh=mesh)
-    params = replicate(params, mesh)
+    params = replicate(cast_params(model, params), mesh)
     losses, correct, counts, logits = way(model, params, split, size, on_progress)
     return Evaluation(
         float(np.sum(losses, dtype=np.float64)),

@@ -98,6 +98,21 @@ def apply(
     return cast(Array, model.apply({"params": params}, images, True, share, rngs=rngs))
 
 
+def cast_params(model: nn.Module, params: Any) -> Any:
+    """Casts parameters to the dtype of the computation, as every call of the model does.
+
+    Who calls a model many times with the same parameters, and takes no gradient, casts them once.
+
+    Args:
+        model: the network.
+        params: its parameters, float32.
+
+    Returns:
+        The tree in `model.dtype`; with it the model computes the same.
+    """
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, model.dtype), params)
+
+
 def count_parameters(params: Any) -> int:
     """Counts the elements of all arrays in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

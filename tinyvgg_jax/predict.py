@@ -2,12 +2,12 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +28,7 @@ from tinyvgg_jax.devices import (
     replicate,
 )
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.model import TinyVGG, apply, cast_params
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.pictures import Picture, find_all, load_picture, quiet_pillow
 from tinyvgg_jax.runs.folder import read_dataset
@@ -111,7 +111,7 @@ class Predictor:
         # predicts its own images.
         mesh = find_mesh() if size > 1 and jax.process_count() == 1 else None
         size = math.ceil(size / num_devices(mesh)) * num_devices(mesh)
-        params = replicate(self.params, mesh)
+        params = replicate(self._cast_params, mesh)
         chunks = [batch[start : start + size] for start in range(0, len(batch), size)]
         answers = [
             _probabilities(self.model, mesh, params, put(_padded(c, size), mesh, SPLIT))
@@ -120,6 +120,10 @@ class Predictor:
         rows = [np.asarray(a)[: len(c)] for a, c in zip(answers, chunks, strict=True)]
         empty = np.zeros((0, len(self.class_names)), np.float32)
         return np.concatenate([empty, *rows])
+
+    @functools.cached_property
+    def _cast_params(self) -> Any:
+        return cast_params(self.model, self.params)
 
     def _batch(self, images: np.ndarray) -> np.ndarray:
         """Adds the axes that were left out, and checks the shape: `[B, H, W, C]`."""
@@ -160,7 +164,7 @@ def _padded(images: np.ndarray, size: int) -> np.ndarray:
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _probabilities(model: TinyVGG, mesh: Mesh | None, params: Any, images: Array) -> Array:
     def own(params: Any, images: Array) -> Array:
         floats = to_float(images) if images.dtype == jnp.uint8 else images
@@ -244,7 +248,7 @@ def predict_files(
         The prediction for each file, in order, or the error that says what is wrong with it.
     """
     budget = MemoryBudget(min(_MOST_MEMORY, available_memory() // 2))
-    read = partial(
+    read = functools.partial(
         _read,
         image_shape=predictor.image_shape,
         invert=invert,

@@ -18,7 +18,7 @@ from tinyvgg_jax.augment import augment
 from tinyvgg_jax.benchmark.worker import Prepared, serve
 from tinyvgg_jax.data import Split, epoch_order, on_device, stream
 from tinyvgg_jax.devices import find_mesh, num_devices, replicate
-from tinyvgg_jax.model import TinyVGG, apply
+from tinyvgg_jax.model import TinyVGG, apply, cast_params
 from tinyvgg_jax.optimizer import make_optimizer
 from tinyvgg_jax.pipeline import CallResult, DevicePipeline, Keys, StreamPipeline
 from tinyvgg_jax.step import Augmentation, StepSums, TrainState, init_state, make_train_step
@@ -131,6 +131,8 @@ def infer(case: dict[str, Any]) -> Prepared:
     rng = np.random.default_rng(0)
     draw = functools.partial(rng.standard_normal, dtype=np.float32)
     params = jax.device_put(jax.tree.map(lambda a: draw(a.shape) / 20, abstract))
+    # As prediction and evaluation do, before their first call.
+    params = cast_params(model, params)
     forward = jax.jit(functools.partial(apply, model))
 
     def run(calls: int) -> float:
