@@ -257,6 +257,7 @@ OTHER_VALUES: dict[str, Any] = {
     "augment.cutout_size": 7,
     "augment.mixup_alpha": 0.07,
     "augment.scale": 0.07,
+    "augment.aspect": 0.07,
     "augment.shear_degrees": 7.0,
     "augment.background": 0.07,
     "augment.gamma": 0.07,
