@@ -1,7 +1,11 @@
 """The default network for pictures that nobody prepared: photos and drawings of garments.
 
-python -m tinyvgg_jax.main --config photos
-python -m tinyvgg_jax.main --mode predict --workdir runs/photos --views 4 PICTURES
+    python -m tinyvgg_jax.main --config photos
+    python -m tinyvgg_jax.main --mode predict --workdir runs/photos --views 4 PICTURES
+
+It reached 94.0 % on train, 93.9 % on validation and 92.6 % on test (one seed, two cores of an AMD
+EPYC). On drawings from elsewhere it is a little better than `default.py`, and with more views of
+each picture a little more: configs/README.md has the figures.
 """
 
 from ml_collections import ConfigDict
