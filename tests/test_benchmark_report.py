@@ -55,7 +55,7 @@ def test_a_part_that_fails_is_named_and_the_next_goes_on(tmp_path: Path) -> None
     path = tmp_path / "report.md"
     parts = [
         part(
-            "first", Progress("| 1 |", "1 of 2 seeds"), ValueError("no /root/data/here\nor there")
+            "first", Progress("| 1 |", "1 of 2 seeds"), ValueError("no /some/folder/here\nor there")
         ),
         part("second", Progress("| 2 |")),
     ]
