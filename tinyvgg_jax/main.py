@@ -386,8 +386,8 @@ def _predict(paths: list[str]) -> int:
     else:
         predictor = exported = load(file)
         config = exported.card.get("config")
-    if _VIEWS.value != 1:
-        views = choose_views(_VIEWS.value, saw_mirror_images(config))
+    views = choose_views(_VIEWS.value, saw_mirror_images(config))
+    if len(views) > 1:
         predictor = Averaged(predictor, views)
     status = 0
     table = None if _JSON.value else PredictionTable(predictor.class_names)

@@ -114,7 +114,7 @@ class Predictor:
         params = replicate(self._cast_params, mesh)
         chunks = [batch[start : start + size] for start in range(0, len(batch), size)]
         answers = [
-            _probabilities(self.model, mesh, params, put(_padded(c, size), mesh, SPLIT))
+            _probabilities(self.model, mesh, params, put(padded(c, size), mesh, SPLIT))
             for c in chunks
         ]
         rows = [np.asarray(a)[: len(c)] for a, c in zip(answers, chunks, strict=True)]
@@ -157,7 +157,7 @@ def _pixels(images: np.ndarray) -> np.ndarray:
     return images.astype(np.uint8)
 
 
-def _padded(images: np.ndarray, size: int) -> np.ndarray:
+def padded(images: np.ndarray, size: int) -> np.ndarray:
     """Appends images of zeros until there are `size`."""
     return np.concatenate(
         [images, np.zeros_like(images, shape=(size - len(images), *images.shape[1:]))]

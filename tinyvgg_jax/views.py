@@ -10,7 +10,7 @@ from jax import Array
 
 from tinyvgg_jax.augment import transform
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.predict import Classifier
+from tinyvgg_jax.predict import Classifier, padded
 from tinyvgg_jax.step import to_float
 
 
@@ -135,13 +135,12 @@ def show(batch: np.ndarray, view: View, size: int) -> np.ndarray:
         batch = batch[:, :, ::-1]
     if view.degrees == 0 and view.scale == 1:
         return batch
-    shown = []
+    shown = [batch[:0]]
     for start in range(0, len(batch), size):
         chunk = batch[start : start + size]
-        padded = np.zeros_like(batch, shape=(size, *batch.shape[1:]))
-        padded[: len(chunk)] = chunk
-        shown.append(np.asarray(_changed(padded, view.degrees, view.scale))[: len(chunk)])
-    return np.concatenate(shown) if shown else batch
+        changed = np.asarray(_changed(padded(chunk, size), view.degrees, view.scale))
+        shown.append(changed[: len(chunk)])
+    return np.concatenate(shown)
 
 
 @jax.jit

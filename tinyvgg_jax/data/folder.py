@@ -390,11 +390,6 @@ def _without_copies(decoded: _Decoded) -> list[int]:
     kept: dict[tuple[str, str], int] = {}
     for i in sorted(range(len(decoded.files)), key=lambda i: order[decoded.files[i].split]):
         kept.setdefault((decoded.digests[i], decoded.files[i].class_name), i)
-    # The same picture in another class must not be on another side either.
-    first: dict[str, int] = {}
-    for (digest, _), i in kept.items():
-        first.setdefault(digest, order[decoded.files[i].split])
-    kept = {k: i for k, i in kept.items() if order[decoded.files[i].split] == first[k[0]]}
     copies = len(decoded.files) - len(kept)
     if copies:
         logger.warning("%s pictures are copies of others and are left out.", f"{copies:,}")

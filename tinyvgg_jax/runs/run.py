@@ -170,8 +170,8 @@ def find_data(config: ConfigDict) -> ConfigDict:
     data, options = config.data, options_of(config)
     was_prepared = is_prepared(data.name, data.data_dir or default_data_dir())
     dataset = find_dataset(data.name, data.data_dir, data.source_dir, options)
-    # Another process may have prepared it meanwhile, and IDX files have a size of their own.
-    require_same_source(dataset, data.source_dir, options)
+    # The options are checked after preparing too, since IDX files have a size of their own.
+    require_same_source(dataset, data.source_dir if was_prepared else None, options)
     if was_prepared and data.source_dir is not None:
         logger.info(
             "%s is prepared in %s already; %s is not read again.",
