@@ -304,8 +304,8 @@ def test_the_command_line_trains_on_a_folder(tmp_path: Path) -> None:
     assert predictor.class_names[predictor(pixels).labels[0]] == "red"
     # Pictures are predicted as they were prepared for training: cropped, and nothing cut out.
     assert predictor.fit == "crop" and read_dataset(tmp_path / "run").fit == "crop"
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40], wide[:, :20] = COLOURS["red"], COLOURS["green"]
+    wide = np.full((20, 140, 3), COLOURS["green"], np.uint8)
+    wide[:, 60:80] = COLOURS["red"]
     Image.fromarray(wide).save(tmp_path / "wide.png")
     (answer,) = predict_files(predictor, [tmp_path / "wide.png"])
     assert isinstance(answer, FilePrediction) and not answer.inverted
