@@ -128,6 +128,24 @@ def test_it_is_compiled_once_and_kept(forgetful: Path, monkeypatch: pytest.Monke
     winograd._load()
 
 
+def test_every_file_that_is_compiled_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A library of other sources is another one, so that none is used that is out of date."""
+    identity = partial(winograd._identity, winograd._compiler())
+    before = identity()
+    for file in (winograd._SOURCE, *winograd._HEADERS):
+        (tmp_path / file.name).write_text(file.read_text() + "\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(winograd, "_SOURCE", tmp_path / winograd._SOURCE.name)
+        assert identity() != before
+    with monkeypatch.context() as patched:
+        changed = tmp_path / winograd._HEADERS[-1].name
+        patched.setattr(winograd, "_HEADERS", (*winograd._HEADERS[:-1], changed))
+        assert identity() != before
+    assert identity() == before
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("library") / "winograd.so"
