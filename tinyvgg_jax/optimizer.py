@@ -12,6 +12,8 @@ import optax
 from jax import Array
 from optax import contrib
 
+from tinyvgg_jax.muon import muon_directions
+
 # Muon leaves biases and the last layer to Adam, whose learning rate is Muon's times this factor.
 # It is smaller because Adam changes each parameter by about its rate, while the elements of Muon's
 # orthogonal matrices are far below 1.
@@ -149,12 +151,11 @@ def _muon(
 ) -> list[optax.GradientTransformation]:
     # The rate is 1 here and the schedule comes last, so that weight decay and schedule act on
     # Muon's and Adam's parameters alike.
-    directions = contrib.muon(
-        1.0,
-        beta=momentum,
+    directions = muon_directions(
+        momentum,
         nesterov=nesterov,
         adam_learning_rate=_ADAM_RATE_FACTOR,
-        muon_weight_dimension_numbers=_matrix_axes,
+        matrix_axes=_matrix_axes,
     )
     # The directions are already negative, as updates that are added, so the decay must be, too.
     decay = [optax.add_decayed_weights(-weight_decay, mask=is_kernel)] if weight_decay else []
@@ -191,9 +192,10 @@ def make_optimizer(
         X <- 3.4445 X + (-4.7750 A + 2.0315 A A) X, with A = X X^T, five times
         p <- p - r * (sqrt(max(1, outputs / inputs)) * X + d * p)
 
-    The iteration (Newton-Schulz) brings all singular values near 1. With `nesterov`,
-    `momentum * m + (1 - momentum) * g` takes the place of m in the second line. Biases and the last
-    layer take Adam's steps instead, at a tenth of the learning rate.
+    The iteration (Newton-Schulz) brings all singular values near 1; `muon.py` computes it with less
+    arithmetic. With `nesterov`, `momentum * m + (1 - momentum) * g` takes the place of m in the
+    second line. Biases and the last layer take Adam's steps instead, at a tenth of the learning
+    rate.
 
     Args:
         schedule: from the number of steps taken to the learning rate.
