@@ -187,7 +187,7 @@ def _parse(argv: list[str]) -> list[str]:
             f"unknown mode {_MODE.value!r}; one of {', '.join(MODES)}"
             + config_lib.suggestion(_MODE.value, MODES)
         )
-    if mode.run is not _train:
+    if _MODE.value != "train":
         for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
             if flag.value is not None:
                 raise UserError(f"--{flag.name} is for training, not for --mode {_MODE.value}.")
