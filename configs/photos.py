@@ -4,8 +4,8 @@
     python -m tinyvgg_jax.main --mode predict --workdir runs/photos --views 4 PICTURES
 
 It reached 94.0 % on train, 93.9 % on validation and 92.6 % on test (one seed, two cores of an AMD
-EPYC). On drawings from elsewhere it is a little better than `default.py`, and with more views of
-each picture a little more: configs/README.md has the figures.
+EPYC). Of 80 drawings from elsewhere of garments that FashionMNIST has, it gets 6 wrong where
+`default.py` gets 14 wrong, and 3 with four views of each picture: configs/README.md has the rest.
 """
 
 from ml_collections import ConfigDict
