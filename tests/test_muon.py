@@ -60,6 +60,22 @@ def test_a_matrix_of_hardly_anything_gives_hardly_anything(scale: float) -> None
     np.testing.assert_allclose(orthogonalize(matrix * scale), 0, atol=10 * scale)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("jax_enable_x64", True), ("jax_numpy_dtype_promotion", "strict")]
+)
+def test_a_matrix_stays_float32_under_other_settings(setting: str, value: Any) -> None:
+    matrix = matrix_of(np.geomspace(1, 0.1, 16), (48, 16))
+    expected = orthogonalize(jnp.asarray(matrix))
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, value)
+    try:
+        actual = orthogonalize(jnp.asarray(matrix))
+    finally:
+        jax.config.update(setting, before)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_updates_and_state_are_those_of_optax(nesterov: bool) -> None:
     def layer(*shape: int) -> dict[str, jax.Array]:

@@ -2,7 +2,7 @@
 
 Optax multiplies the whole matrix X in each iteration of Newton and Schulz. All of these products
 are polynomials of the small square matrix X X^T, so here the iterations are of that matrix, and X
-is multiplied twice, at the beginning and at the end ("Gram Newton-Schulz", Zhang et al., 2026,
+is multiplied twice, at the beginning and at the end ("Gram Newton-Schulz", 2026,
 https://tridao.me/blog/2026/gram-newton-schulz). For a kernel of 2304 x 256 that is 37 % of the
 arithmetic.
 """
@@ -83,10 +83,10 @@ def orthogonalize(matrix: Array) -> Array:
     low rank and with singular values down to 1e-8 of the largest.
 
     Args:
-        matrix: `[M, N]`, float32; computed as its transpose if M > N.
+        matrix: `[M, N]`, floating; computed as its transpose if M > N.
 
     Returns:
-        `[M, N]`: for the matrix U diag(s) V^T about |s| U V^T.
+        `[M, N]`, of the same dtype: for the matrix U diag(s) V^T about |s| U V^T.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T
@@ -97,7 +97,7 @@ def orthogonalize(matrix: Array) -> Array:
         linear, cubic, quintic = _COEFFICIENTS
         product = None
         for iteration in range(_ITERATIONS):
-            factor = linear * jnp.eye(len(x)) + cubic * gram + quintic * gram @ gram
+            factor = linear * jnp.eye(len(x), dtype=x.dtype) + cubic * gram + quintic * gram @ gram
             product = factor if product is None else factor @ product
             if iteration < _ITERATIONS - 1:
                 gram = factor @ gram @ factor
