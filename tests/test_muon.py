@@ -8,6 +8,7 @@ import pytest
 from optax import contrib
 
 from tinyvgg_jax.muon import muon_directions, orthogonalize
+from tinyvgg_jax.optimizer import _matrix_axes
 
 
 def newton_schulz(matrix: np.ndarray) -> np.ndarray:
@@ -83,21 +84,13 @@ def test_updates_and_state_are_those_of_optax(nesterov: bool) -> None:
 
     params = {"conv": layer(3, 3, 2, 24), "dense": layer(40, 12), "logits": layer(12, 10)}
 
-    def matrix_axes(tree: Any) -> Any:
-        def axes(path: Any, leaf: Any) -> Any:
-            if leaf.ndim < 2 or path[0].key == "logits":
-                return None
-            return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-
-        return jax.tree_util.tree_map_with_path(axes, tree)
-
-    ours = muon_directions(0.9, nesterov=nesterov, adam_learning_rate=0.1, matrix_axes=matrix_axes)
+    ours = muon_directions(0.9, nesterov=nesterov, adam_learning_rate=0.1, matrix_axes=_matrix_axes)
     theirs = contrib.muon(
         1.0,
         beta=0.9,
         nesterov=nesterov,
         adam_learning_rate=0.1,
-        muon_weight_dimension_numbers=matrix_axes,
+        muon_weight_dimension_numbers=_matrix_axes,
     )
     states = ours.init(params), theirs.init(params)
     jax.tree.map(np.testing.assert_array_equal, *states)
