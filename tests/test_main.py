@@ -82,6 +82,18 @@ def test_help_is_short_and_no_error(command_line: CommandLine) -> None:
     assert result.returncode == 0 and "--mode eval" in result.stdout
 
 
+def test_standard_output_may_be_that_of_a_notebook() -> None:
+    """Such an object is no file of the system's; `%run -m tinyvgg_jax.main` prints there."""
+    code = (
+        "import io, sys; from tinyvgg_jax import main; shown = sys.stdout = io.StringIO();"
+        "status = main.main(['main.py', '--help']); sys.stdout = sys.__stdout__;"
+        "print(shown.getvalue()); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--mode eval" in done.stdout
+
+
 def test_versions_are_a_short_block(tmp_path: Path) -> None:
     """Versions of the installed libraries, which need not be imported for that, nor be intact."""
     code = (

@@ -9,6 +9,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) != _signal.SIG_I
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import errno
+import io
 import json
 import logging
 import os
@@ -549,7 +550,9 @@ def _set_up_output() -> None:
     if sys.stdout is None:
         # Whoever started this has closed it.
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    # In a notebook it is an object of another kind, which takes any text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # A notebook names a backend of its own, which is not there outside of it. Nothing is shown in
     # a window here.
     os.environ["MPLBACKEND"] = "agg"
