@@ -75,6 +75,7 @@ def _augment() -> ConfigDict:
     augment.alternating_flip = False
     augment.shift_pixels = 0
     augment.cutout_size = 0
+    augment.erasing = 0.0
     augment.mixup_alpha = 0.0
     # Changes for a network that is to be right on photos, too; `augment.py` explains each.
     augment.scale = 0.0

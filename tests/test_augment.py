@@ -11,6 +11,7 @@ from tinyvgg_jax.augment import (
     cutout,
     flip_horizontally,
     mixup,
+    random_erasing,
     rotate,
     shift,
 )
@@ -149,6 +150,44 @@ def test_cutouts_are_anywhere() -> None:
     share = np.asarray(cut)[..., 0].mean(axis=0)
     assert (share < 1).all() and (share > 0.85).all()
     assert len(np.unique(np.asarray(cut).reshape(500, -1), axis=0)) == 64
+
+
+def test_random_erasing_replaces_a_rectangle_of_each_image() -> None:
+    values = jnp.arange(3 * 8 * 8 * 2, dtype=jnp.float32).reshape(3, 8, 8, 2) + 2
+    first, size = jnp.array([[4, 3], [0, 0], [2, 2]]), jnp.array([[4, 2], [8, 8], [0, 5]])
+    erased = np.asarray(random_erasing(jnp.ones((3, 8, 8, 2)), first, size, values))
+    expected = np.ones((3, 8, 8, 2))
+    expected[0, 4:8, 3:5] = values[0, 4:8, 3:5]
+    expected[1] = values[1]
+    np.testing.assert_array_equal(erased, expected)
+
+
+def test_erased_rectangles_are_of_the_papers_sizes_and_anywhere() -> None:
+    H, W, B = 40, 60, 4_000
+    erased = augment(
+        jax.random.key(0),
+        jnp.full((B, H, W, 1), 2.0),
+        rotation_degrees=0.0,
+        horizontal_flip=False,
+        erasing=0.25,
+    )
+    inside = np.asarray(erased)[..., 0] != 2
+    chosen = inside.any(axis=(1, 2))
+    # Five standard deviations of a binomial distribution.
+    assert abs(chosen.mean() - 0.25) < 5 * (0.25 * 0.75 / B) ** 0.5
+    height, width = inside.any(axis=2).sum(axis=1)[chosen], inside.any(axis=1).sum(axis=1)[chosen]
+    np.testing.assert_array_equal(inside.sum(axis=(1, 2))[chosen], height * width)
+    # Sides are rounded, and a side that is longer than the image is cut.
+    uncut = (height < H) & (width < W)
+    assert ((height - 0.5) * (width - 0.5))[uncut].max() <= 0.4 * H * W
+    assert ((height + 0.5) * (width + 0.5)).min() >= 0.02 * H * W
+    ratio = height / width
+    assert 0.25 < ratio.min() < 0.5 and 2 < ratio[uncut].max() < 4
+    # As many are higher than wide as the other way round, and every pixel has its turn.
+    assert abs((height > width).mean() - 0.5) < 0.1
+    assert inside.any(axis=0).all()
+    noise = np.asarray(erased)[..., 0][inside]
+    assert noise.min() >= 0 and noise.max() <= 1 and abs(noise.mean() - 0.5) < 0.01
 
 
 def test_mixup_mixes_images_and_targets_by_the_same_shares() -> None:

@@ -35,6 +35,7 @@ EVERYTHING: dict[str, Any] = {
     "model.dropout": 0.3,
     "augment.shift_pixels": 2,
     "augment.cutout_size": 4,
+    "augment.erasing": 0.5,
     "augment.mixup_alpha": 0.2,
 }
 

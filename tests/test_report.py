@@ -255,6 +255,7 @@ OTHER_VALUES: dict[str, Any] = {
     "augment.alternating_flip": True,
     "augment.shift_pixels": 7,
     "augment.cutout_size": 7,
+    "augment.erasing": 0.07,
     "augment.mixup_alpha": 0.07,
     "augment.scale": 0.07,
     "augment.aspect": 0.07,

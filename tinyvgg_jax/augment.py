@@ -1,5 +1,6 @@
 """Random changes of images: pure functions of a key and a batch, on the device."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -130,6 +131,27 @@ def cutout(images: Array, centres: Array, size: int) -> Array:
     return jnp.where(inside[..., None], 0, images)
 
 
+def random_erasing(images: Array, first: Array, size: Array, values: Array) -> Array:
+    """Replaces a rectangle of each image by other values (Zhong et al., arXiv:1708.04896).
+
+    Args:
+        images: `[B, H, W, C]`.
+        first: `[B, 2]` int, the first row and column of each rectangle.
+        size: `[B, 2]` int, its height and width; where one is 0, the image stays as it is.
+        values: `[B, H, W, C]`, of which those inside the rectangles are taken.
+
+    Returns:
+        `[B, H, W, C]`, the dtype of `images`.
+    """
+    _, H, W, _ = images.shape
+    end = first + size
+    rows, columns = jnp.arange(H), jnp.arange(W)
+    rows = (rows >= first[:, :1]) & (rows < end[:, :1])
+    columns = (columns >= first[:, 1:]) & (columns < end[:, 1:])
+    inside = rows[:, :, None] & columns[:, None, :]
+    return jnp.where(inside[..., None], values.astype(images.dtype), images)
+
+
 def mixup(
     key: Array, images: Array, targets: Array, alpha: float, share: Share | None = None
 ) -> tuple[Array, Array]:
@@ -192,6 +214,7 @@ def augment(
     alternating_flip: bool = False,
     shift_pixels: int = 0,
     cutout_size: int = 0,
+    erasing: float = 0.0,
     scale: float = 0.0,
     aspect: float = 0.0,
     shear_degrees: float = 0.0,
@@ -213,6 +236,7 @@ def augment(
         alternating_flip: whether to mirror each image in every other epoch instead.
         shift_pixels: largest shift, drawn uniformly for each of the two directions.
         cutout_size: side in pixels of a square to blacken, whose centre is any pixel.
+        erasing: fraction of the images from which a rectangle is erased, with noise in its place.
         scale: largest change of size; factors are 2**u with u uniform in [-scale, scale].
         aspect: largest change of the shape; width / height is multiplied by 2**u with u uniform in
             [-aspect, aspect], and the area stays.
@@ -246,6 +270,8 @@ def augment(
     if cutout_size:
         centres = draws.integers("cutout", 0, jnp.array(images.shape[1:3]))
         images = cutout(images, centres, cutout_size)
+    if erasing:
+        images = random_erasing(images, *_rectangles(draws, erasing, images.shape))
     return images
 
 
@@ -279,6 +305,26 @@ class Draws(NamedTuple):
         """Draws two whole numbers below `end` for each image: `[B, 2]`."""
         key = named_key(self.key, purpose)
         return self.own(jax.random.randint(key, (self.number, 2), low, end))
+
+
+def _rectangles(draws: Draws, erasing: float, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """Draws the rectangles that random erasing replaces, and the noise in them.
+
+    An area is uniform in [0.02, 0.4] of the image's, the logarithm of height / width in
+    [log(0.3), log(1 / 0.3)], both as in the paper; a side longer than the image is cut.
+    """
+    _, H, W, _ = shape
+    area = draws.uniform("erased area", 0.02, 0.4) * H * W
+    ratio = jnp.exp(draws.spread("erased ratio", -math.log(0.3)))
+    sides = jnp.sqrt(jnp.stack([area * ratio, area / ratio], axis=1)).round()
+    chosen = draws.uniform("erasing", 0, 1) < erasing
+    size = jnp.minimum(sides, jnp.array([H, W])).astype(int) * chosen[:, None]
+    corner_key = named_key(draws.key, "erased corner")
+    corner = draws.own(jax.random.uniform(corner_key, (draws.number, 2)))
+    first = jnp.floor(corner * (jnp.array([H, W]) - size + 1)).astype(int)
+    noise_key = named_key(draws.key, "erased noise")
+    noise = draws.own(jax.random.uniform(noise_key, (draws.number, *shape[1:])))
+    return first, size, noise
 
 
 def change_light(

@@ -187,6 +187,9 @@ FIELDS: dict[str, Field] = {
     "augment.cutout_size": Field(
         int, "side of a square that is blackened", (_PIXELS,), value_before=0
     ),
+    "augment.erasing": Field(
+        float, "share of the images with a random rectangle erased", (_UNIT,), value_before=0.0
+    ),
     "augment.mixup_alpha": Field(
         float, "how much images are mixed with others, or 0", (_NOT_NEGATIVE,), value_before=0.0
     ),

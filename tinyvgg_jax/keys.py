@@ -19,6 +19,11 @@ Purpose = Literal[
     "dropout",  # from the step's key: the inputs that the dense layers drop
     "shift",  # from the step's key: the offsets of random shifts
     "cutout",  # from the step's key: the centres of blackened squares
+    "erasing",  # from the step's key: the images from which a rectangle is erased
+    "erased area",  # from the step's key: its area
+    "erased ratio",  # from the step's key: its height / width
+    "erased corner",  # from the step's key: its place
+    "erased noise",  # from the step's key: what it is filled with
     "scale",  # from the step's key, like all that follow: the factors of size
     "aspect",  # the changes of shape
     "shear",  # the angles of shear

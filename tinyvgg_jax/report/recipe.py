@@ -94,6 +94,7 @@ def augmentations(config: ConfigDict) -> list[str]:
         flip: augment.alternating_flip or augment.horizontal_flip,
         f"shift up to {augment.shift_pixels} pixels": augment.shift_pixels,
         f"cutout of {augment.cutout_size}x{augment.cutout_size} pixels": augment.cutout_size,
+        f"random erasing of {augment.erasing:.0%} of the images": augment.erasing,
         f"mixup {augment.mixup_alpha:g}": augment.mixup_alpha,
         f"scale by up to 2^{augment.scale:g}": augment.scale,
         f"shape by up to 2^{augment.aspect:g}": augment.aspect,
