@@ -41,6 +41,7 @@ class Trained(NamedTuple):
         info: its dataset's image shape and class names.
         card: its card.
         tested: its predictions on the test split, if they are known.
+        validated: those on the validation split, if its files are verified on it.
         title: a title for people, the name of the run's folder.
     """
 
@@ -49,6 +50,7 @@ class Trained(NamedTuple):
     info: DatasetInfo
     card: Card
     tested: SplitPredictions | None = None
+    validated: SplitPredictions | None = None
     title: str = "Tiny VGG"
 
 
@@ -121,7 +123,8 @@ def _export_page(trained: Trained) -> bytes:
     from tinyvgg_jax.export.page import to_page
 
     assert trained.tested is not None
-    return to_page(trained.model, trained.params, trained.card, trained.tested, trained.title)
+    model, params, card = trained.model, trained.params, trained.card
+    return to_page(model, params, card, trained.tested, trained.title, trained.validated)
 
 
 FORMATS = {
@@ -274,7 +277,6 @@ def _load(
         for name, split in splits.items()
         if name != "train"
     }
-    test = evaluated.get("test")
     known = {f"{name}_accuracy": result.accuracy for name, result in evaluated.items()}
     card = cards.make_card(
         info.image_shape,
@@ -285,10 +287,13 @@ def _load(
         dtype="int8" if int8 else "float32",
         **({"test_accuracy": None} | known),
     )
-    tested = None
-    if test:
-        tested = SplitPredictions(splits["test"].images, splits["test"].labels, test.predicted)
-    trained = Trained(model, restored.params, info, card, tested, workdir.resolve().name)
+    predictions = {
+        name: SplitPredictions(splits[name].images, splits[name].labels, result.probabilities)
+        for name, result in evaluated.items()
+    }
+    tested, validated = predictions.get("test"), predictions.get("validation")
+    title = workdir.resolve().name
+    trained = Trained(model, restored.params, info, card, tested, validated, title)
     return trained, splits, evaluated
 
 
@@ -402,12 +407,12 @@ class Check:
         Raises:
             UserError: as `verify.require_same`.
         """
-        call, timed = _calls(path, self._trained)
+        call, timed, rounding = _calls(path, self._trained)
         found = verify.probabilities(call, self._data.images)
         row = verify.compare(
             f"{name} int8" if int8 else name, path, found, self._data.labels, self._reference
         )
-        verify.require_same(row, None if int8 else found, self._reference, self._accuracy)
+        verify.require_same(row, None if int8 else found, self._reference, self._accuracy, rounding)
         one, many = self._data.images[:1], self._data.images[: verify.LARGE_BATCH]
         if timed:
             times = verify.milliseconds(timed, one), verify.milliseconds(call, many)
@@ -419,16 +424,17 @@ class Check:
         return verify.table(self._rows, "validation", len(self._data))
 
 
-def _calls(path: Path, trained: Trained) -> tuple[loaded.Call, loaded.Call | None]:
-    """Loads a file: on all cores, and on one thread for its timing, if it can be timed."""
+def _calls(path: Path, trained: Trained) -> tuple[loaded.Call, loaded.Call | None, float]:
+    """Loads a file: on all cores, on one thread if it can be timed, and how much it is rounded."""
     if path.suffix == ".safetensors":
         from tinyvgg_jax.export import torch
 
-        return torch.load_call(path, trained.model, trained.info.image_shape)
+        return *torch.load_call(path, trained.model, trained.info.image_shape), verify.ROUNDING
     if path.suffix == ".html":
         from tinyvgg_jax.export.page import read_page
 
-        model, params, _ = read_page(path.read_text(encoding="utf-8"))
+        model, params, card = read_page(path.read_text(encoding="utf-8"))
+        rounding = verify.ROUNDING_16 if card["bits"] == 16 else verify.ROUNDING
         # Only a browser runs the page itself.
-        return loaded.call_in_jax(model, params), None
-    return loaded.load(path).call, loaded.load(path, threads=1).call
+        return loaded.call_in_jax(model, params), None, rounding
+    return loaded.load(path).call, loaded.load(path, threads=1).call, verify.ROUNDING

@@ -19,6 +19,7 @@ import numpy as np
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.layers import Convolution, Layer, layers_of
+from tinyvgg_jax.export.verify import ROUNDING_16, classified_otherwise
 from tinyvgg_jax.model import TinyVGG, count_parameters
 from tinyvgg_jax.predict import Predictor
 from tinyvgg_jax.report.describe import describe_model
@@ -43,30 +44,42 @@ _IMPORT = re.compile(r"^import [^;]*;\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export ", re.MULTILINE)
 # Test images that the page brings: of each class so many that are predicted correctly, and others.
 _RIGHT_PER_CLASS, _MOST_RIGHT, _MOST_WRONG = 2, 24, 12
-# Networks with more parameters are rounded to 16 bits, if that changes the class of none of so many
-# test images. Those with fewer make small pages all the same.
-_SMALL, _ROUNDED = 200_000, 1000
+# Networks with more parameters are rounded to 16 bits. Those with fewer make small pages all the
+# same.
+_SMALL = 200_000
 
 
 class SplitPredictions(NamedTuple):
-    """A network's predictions on a test split.
+    """A network's predictions on a split.
 
     Attributes:
         images: `[N, H, W, C]` uint8.
         labels: `[N]` int, true classes.
-        predicted: `[N]` int, predicted classes.
+        probabilities: `[N, num_classes]`.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    predicted: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Predicted classes: `[N]` int."""
+        return self.probabilities.argmax(axis=1)
 
 
-def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, title: str) -> bytes:
+def to_page(
+    model: TinyVGG,
+    params: Any,
+    card: Card,
+    tested: SplitPredictions,
+    title: str,
+    compared: SplitPredictions | None = None,
+) -> bytes:
     """Exports a network to a page for the browser.
 
-    More than 200,000 parameters are rounded to 16 bits, unless that changes the class of one of the
-    first 1,000 test images.
+    More than 200,000 parameters are rounded to 16 bits, unless an image of `compared` then gets
+    another class, and one whose probability was lower by more than 0.005.
 
     Args:
         model: the network; whatever its dtype, the page computes in float32 or more.
@@ -74,6 +87,7 @@ def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, t
         card: what is known about it, as from `make_card`.
         tested: its predictions on a test split.
         title: the page's title.
+        compared: its predictions on the images that the file is verified on; None for `tested`.
 
     Returns:
         The bytes of an HTML file.
@@ -91,7 +105,7 @@ def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, t
         np.isfinite(array).all() for layer in layers for array in (layer.kernel, layer.bias)
     ):
         raise ValueError("its parameters are not finite numbers")
-    dtype = _dtype(model, params, shape, tested)
+    dtype = _dtype(model, params, shape, compared or tested)
     weights = b"".join(_arrays(layer, dtype) for layer in layers)
     chosen = _examples(tested)
     described = _described(model, layers, shape)
@@ -120,22 +134,20 @@ def to_page(model: TinyVGG, params: Any, card: Card, tested: SplitPredictions, t
 
 
 def _dtype(
-    model: TinyVGG, params: Any, shape: tuple[int, int, int], tested: SplitPredictions
+    model: TinyVGG, params: Any, shape: tuple[int, int, int], compared: SplitPredictions
 ) -> np.dtype[Any]:
     """Chooses float16, little-endian, for a large network whose classes it keeps, else float32."""
     if count_parameters(params) <= _SMALL:
         return np.dtype("<f4")
-    images, half = tested.images[:_ROUNDED], np.dtype("<f2")
+    half = np.dtype("<f2")
     rounded = jax.tree.map(lambda x: jnp.asarray(x, half).astype(jnp.float32), params)
     if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(rounded)):
         return np.dtype("<f4")
     names = tuple(map(str, range(model.num_classes)))
-    network = model.clone(dtype=jnp.float32, native=False)
-    before, after = (
-        Predictor(network, p, shape, names).probabilities(images, 250).argmax(axis=1)
-        for p in (params, rounded)
-    )
-    return half if (before == after).all() else np.dtype("<f4")
+    network = Predictor(model.clone(dtype=jnp.float32, native=False), rounded, shape, names)
+    found = network.probabilities(compared.images, 250)
+    wrong = classified_otherwise(found, compared.probabilities, ROUNDING_16)
+    return np.dtype("<f4") if wrong else half
 
 
 def _arrays(layer: Layer, dtype: np.dtype[Any]) -> bytes:
