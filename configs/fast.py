@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
     config.schedule = "linear"
     config.ema_decay = 0.99
     config.model.dropout = 0.0
-    config.augment.cutout_size = 0
+    config.augment.erasing = 0.0
     config.augment.shift_pixels = 1
     return config

@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
     # So small a network does not overfit in so few epochs.
     config.model.dropout = 0.0
     config.augment.shift_pixels = 0
-    config.augment.cutout_size = 0
+    config.augment.erasing = 0.0
     return config

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.augment.rotation_degrees = 30.0
     config.augment.scale = 0.1
     config.augment.shift_pixels = 1
-    config.augment.cutout_size = 0
+    config.augment.erasing = 0.0
     # Drawings have light outlines on dark cloth, or flat cloth of any tone.
     config.augment.inverted = 0.3
     config.augment.gamma = 0.7
