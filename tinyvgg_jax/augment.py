@@ -223,7 +223,7 @@ def augment(
     """Augments each image by random changes of its own; options left at 0 or False have no effect.
 
     First the geometry changes: rotation with scale, aspect and shear, mirroring, shift. Then light
-    and camera do, see `change_light`. Cutout comes last.
+    and camera do, see `change_light`. Cutout and random erasing come last.
 
     Args:
         key: a PRNG key; the same key gives the same images.
