@@ -292,10 +292,12 @@ class Draws(NamedTuple):
         """Takes the draws `[number, ...]` that are of this device's images."""
         return self.share.of(draws) if self.share else draws
 
-    def uniform(self, purpose: Purpose, low: float, high: float) -> Array:
-        """Draws a number for each image: `[B]`."""
-        key, shape = named_key(self.key, purpose), (self.number,)
-        return self.own(jax.random.uniform(key, shape, minval=low, maxval=high))
+    def uniform(
+        self, purpose: Purpose, low: float, high: float, shape: tuple[int, ...] = ()
+    ) -> Array:
+        """Draws numbers for each image: `[B, *shape]`."""
+        key = named_key(self.key, purpose)
+        return self.own(jax.random.uniform(key, (self.number, *shape), minval=low, maxval=high))
 
     def spread(self, purpose: Purpose, largest: float) -> Array:
         """Draws a number in [-largest, largest] for each image: `[B]`."""
@@ -319,12 +321,9 @@ def _rectangles(draws: Draws, erasing: float, shape: tuple[int, ...]) -> tuple[A
     sides = jnp.sqrt(jnp.stack([area * ratio, area / ratio], axis=1)).round()
     chosen = draws.uniform("erasing", 0, 1) < erasing
     size = jnp.minimum(sides, jnp.array([H, W])).astype(int) * chosen[:, None]
-    corner_key = named_key(draws.key, "erased corner")
-    corner = draws.own(jax.random.uniform(corner_key, (draws.number, 2)))
+    corner = draws.uniform("erased corner", 0, 1, (2,))
     first = jnp.floor(corner * (jnp.array([H, W]) - size + 1)).astype(int)
-    noise_key = named_key(draws.key, "erased noise")
-    noise = draws.own(jax.random.uniform(noise_key, (draws.number, *shape[1:])))
-    return first, size, noise
+    return first, size, draws.uniform("erased noise", 0, 1, shape[1:])
 
 
 def change_light(

@@ -41,7 +41,7 @@ class Trained(NamedTuple):
         info: its dataset's image shape and class names.
         card: its card.
         tested: its predictions on the test split, if they are known.
-        validated: those on the validation split, if its files are verified on it.
+        verified_on: those on the validation split, if its files are verified.
         title: a title for people, the name of the run's folder.
     """
 
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
     info: DatasetInfo
     card: Card
     tested: SplitPredictions | None = None
-    validated: SplitPredictions | None = None
+    verified_on: SplitPredictions | None = None
     title: str = "Tiny VGG"
 
 
@@ -124,7 +124,7 @@ def _export_page(trained: Trained) -> bytes:
 
     assert trained.tested is not None
     model, params, card = trained.model, trained.params, trained.card
-    return to_page(model, params, card, trained.tested, trained.title, trained.validated)
+    return to_page(model, params, card, trained.tested, trained.title, trained.verified_on)
 
 
 FORMATS = {
@@ -288,12 +288,12 @@ def _load(
         **({"test_accuracy": None} | known),
     )
     predictions = {
-        name: SplitPredictions(splits[name].images, splits[name].labels, result.probabilities)
+        name: SplitPredictions(splits[name].images, splits[name].labels, result.predicted)
         for name, result in evaluated.items()
     }
-    tested, validated = predictions.get("test"), predictions.get("validation")
+    tested, verified_on = predictions.get("test"), predictions.get("validation")
     title = workdir.resolve().name
-    trained = Trained(model, restored.params, info, card, tested, validated, title)
+    trained = Trained(model, restored.params, info, card, tested, verified_on, title)
     return trained, splits, evaluated
 
 
@@ -407,12 +407,12 @@ class Check:
         Raises:
             UserError: as `verify.require_same`.
         """
-        call, timed, rounding = _calls(path, self._trained)
+        call, timed = _calls(path, self._trained)
         found = verify.probabilities(call, self._data.images)
         row = verify.compare(
             f"{name} int8" if int8 else name, path, found, self._data.labels, self._reference
         )
-        verify.require_same(row, None if int8 else found, self._reference, self._accuracy, rounding)
+        verify.require_same(row, None if int8 else found, self._reference, self._accuracy)
         one, many = self._data.images[:1], self._data.images[: verify.LARGE_BATCH]
         if timed:
             times = verify.milliseconds(timed, one), verify.milliseconds(call, many)
@@ -424,17 +424,16 @@ class Check:
         return verify.table(self._rows, "validation", len(self._data))
 
 
-def _calls(path: Path, trained: Trained) -> tuple[loaded.Call, loaded.Call | None, float]:
-    """Loads a file: on all cores, on one thread if it can be timed, and how much it is rounded."""
+def _calls(path: Path, trained: Trained) -> tuple[loaded.Call, loaded.Call | None]:
+    """Loads a file: on all cores, and on one thread for its timing, if it can be timed."""
     if path.suffix == ".safetensors":
         from tinyvgg_jax.export import torch
 
-        return *torch.load_call(path, trained.model, trained.info.image_shape), verify.ROUNDING
+        return torch.load_call(path, trained.model, trained.info.image_shape)
     if path.suffix == ".html":
         from tinyvgg_jax.export.page import read_page
 
-        model, params, card = read_page(path.read_text(encoding="utf-8"))
-        rounding = verify.ROUNDING_16 if card["bits"] == 16 else verify.ROUNDING
+        model, params, _ = read_page(path.read_text(encoding="utf-8"))
         # Only a browser runs the page itself.
-        return loaded.call_in_jax(model, params), None, rounding
-    return loaded.load(path).call, loaded.load(path, threads=1).call, verify.ROUNDING
+        return loaded.call_in_jax(model, params), None
+    return loaded.load(path).call, loaded.load(path, threads=1).call

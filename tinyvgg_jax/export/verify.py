@@ -9,9 +9,8 @@ import numpy as np
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.export.loaded import Call
 
-# Classes whose probabilities differ by less may change places by rounding: of the sums in float32,
-# and of parameters that are stored in 16 bits.
-ROUNDING, ROUNDING_16 = 1e-4, 5e-3
+# Classes of nearly equal probability may change places by rounding.
+_ROUNDING = 1e-4
 # An int8 network may lose this much accuracy, a fraction.
 _INT8_LOSS = 0.003
 # Seconds for a timing, and the number of images in a large batch.
@@ -83,24 +82,8 @@ def milliseconds(call: Call, images: np.ndarray) -> float:
     return 1000 * float(np.median(times)) / len(images)
 
 
-def classified_otherwise(found: np.ndarray, reference: np.ndarray, rounding: float) -> int:
-    """Counts the images that an exported network classifies otherwise, and not by rounding.
-
-    Args:
-        found: `[N, num_classes]` probabilities of the exported network.
-        reference: `[N, num_classes]` probabilities in JAX.
-        rounding: the largest difference of the two classes' probabilities that is due to rounding.
-    """
-    gap = reference.max(axis=1) - reference[np.arange(len(found)), found.argmax(axis=1)]
-    return int((gap > rounding).sum())
-
-
 def require_same(
-    verified: Verified,
-    found: np.ndarray | None,
-    reference: np.ndarray,
-    accuracy: float,
-    rounding: float = ROUNDING,
+    verified: Verified, found: np.ndarray | None, reference: np.ndarray, accuracy: float
 ) -> None:
     """Checks that an exported network is the same network.
 
@@ -109,7 +92,6 @@ def require_same(
         found: `[N, num_classes]` probabilities of a float32 network; None for int8.
         reference: `[N, num_classes]` probabilities in JAX.
         accuracy: the accuracy in JAX.
-        rounding: as for `classified_otherwise`.
 
     Raises:
         UserError: if a float32 network classifies an image otherwise, and not by rounding; or if
@@ -122,7 +104,9 @@ def require_same(
                 f"{accuracy:.2%} in JAX; int8 loses too much, and nothing was written."
             )
         return
-    wrong = classified_otherwise(found, reference, rounding)
+    chosen, rows = found.argmax(axis=1), np.arange(len(found))
+    gap = reference.max(axis=1) - reference[rows, chosen]
+    wrong = int((gap > _ROUNDING).sum())
     if wrong:
         raise UserError(
             f"{verified.name} classifies {wrong:,} of {len(found):,} images otherwise than JAX, "

@@ -19,7 +19,6 @@ import numpy as np
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.layers import Convolution, Layer, layers_of
-from tinyvgg_jax.export.verify import ROUNDING_16, classified_otherwise
 from tinyvgg_jax.model import TinyVGG, count_parameters
 from tinyvgg_jax.predict import Predictor
 from tinyvgg_jax.report.describe import describe_model
@@ -44,8 +43,8 @@ _IMPORT = re.compile(r"^import [^;]*;\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export ", re.MULTILINE)
 # Test images that the page brings: of each class so many that are predicted correctly, and others.
 _RIGHT_PER_CLASS, _MOST_RIGHT, _MOST_WRONG = 2, 24, 12
-# Networks with more parameters are rounded to 16 bits. Those with fewer make small pages all the
-# same.
+# Networks with more parameters are rounded to 16 bits, if that changes no class. Those with fewer
+# make small pages all the same.
 _SMALL = 200_000
 
 
@@ -55,17 +54,12 @@ class SplitPredictions(NamedTuple):
     Attributes:
         images: `[N, H, W, C]` uint8.
         labels: `[N]` int, true classes.
-        probabilities: `[N, num_classes]`.
+        predicted: `[N]` int, predicted classes.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    probabilities: np.ndarray
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """Predicted classes: `[N]` int."""
-        return self.probabilities.argmax(axis=1)
+    predicted: np.ndarray
 
 
 def to_page(
@@ -74,12 +68,12 @@ def to_page(
     card: Card,
     tested: SplitPredictions,
     title: str,
-    compared: SplitPredictions | None = None,
+    verified_on: SplitPredictions | None = None,
 ) -> bytes:
     """Exports a network to a page for the browser.
 
-    More than 200,000 parameters are rounded to 16 bits, unless an image of `compared` then gets
-    another class, and one whose probability was lower by more than 0.005.
+    More than 200,000 parameters are rounded to 16 bits, unless that changes the class of an image
+    of `verified_on`.
 
     Args:
         model: the network; whatever its dtype, the page computes in float32 or more.
@@ -87,7 +81,7 @@ def to_page(
         card: what is known about it, as from `make_card`.
         tested: its predictions on a test split.
         title: the page's title.
-        compared: its predictions on the images that the file is verified on; None for `tested`.
+        verified_on: its predictions on the split that the file is verified on; None for `tested`.
 
     Returns:
         The bytes of an HTML file.
@@ -105,7 +99,7 @@ def to_page(
         np.isfinite(array).all() for layer in layers for array in (layer.kernel, layer.bias)
     ):
         raise ValueError("its parameters are not finite numbers")
-    dtype = _dtype(model, params, shape, compared or tested)
+    dtype = _dtype(model, params, shape, verified_on or tested)
     weights = b"".join(_arrays(layer, dtype) for layer in layers)
     chosen = _examples(tested)
     described = _described(model, layers, shape)
@@ -134,7 +128,7 @@ def to_page(
 
 
 def _dtype(
-    model: TinyVGG, params: Any, shape: tuple[int, int, int], compared: SplitPredictions
+    model: TinyVGG, params: Any, shape: tuple[int, int, int], exact: SplitPredictions
 ) -> np.dtype[Any]:
     """Chooses float16, little-endian, for a large network whose classes it keeps, else float32."""
     if count_parameters(params) <= _SMALL:
@@ -145,9 +139,8 @@ def _dtype(
         return np.dtype("<f4")
     names = tuple(map(str, range(model.num_classes)))
     network = Predictor(model.clone(dtype=jnp.float32, native=False), rounded, shape, names)
-    found = network.probabilities(compared.images, 250)
-    wrong = classified_otherwise(found, compared.probabilities, ROUNDING_16)
-    return np.dtype("<f4") if wrong else half
+    predicted = network.probabilities(exact.images, 250).argmax(axis=1)
+    return half if (predicted == exact.predicted).all() else np.dtype("<f4")
 
 
 def _arrays(layer: Layer, dtype: np.dtype[Any]) -> bytes:
