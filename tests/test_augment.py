@@ -11,7 +11,7 @@ from tinyvgg_jax.augment import (
     cutout,
     flip_horizontally,
     mixup,
-    random_erasing,
+    replace_rectangles,
     rotate,
     shift,
 )
@@ -152,10 +152,10 @@ def test_cutouts_are_anywhere() -> None:
     assert len(np.unique(np.asarray(cut).reshape(500, -1), axis=0)) == 64
 
 
-def test_random_erasing_replaces_a_rectangle_of_each_image() -> None:
+def test_a_rectangle_of_each_image_is_replaced() -> None:
     values = jnp.arange(3 * 8 * 8 * 2, dtype=jnp.float32).reshape(3, 8, 8, 2) + 2
     first, size = jnp.array([[4, 3], [0, 0], [2, 2]]), jnp.array([[4, 2], [8, 8], [0, 5]])
-    erased = np.asarray(random_erasing(jnp.ones((3, 8, 8, 2)), first, size, values))
+    erased = np.asarray(replace_rectangles(jnp.ones((3, 8, 8, 2)), first, size, values))
     expected = np.ones((3, 8, 8, 2))
     expected[0, 4:8, 3:5] = values[0, 4:8, 3:5]
     expected[1] = values[1]

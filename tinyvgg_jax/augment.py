@@ -123,22 +123,18 @@ def cutout(images: Array, centres: Array, size: int) -> Array:
     Returns:
         `[B, H, W, C]`.
     """
-    _, H, W, _ = images.shape
-    first = centres - size // 2
-    rows, columns = jnp.arange(H) - first[:, :1], jnp.arange(W) - first[:, 1:]
-    rows, columns = (rows >= 0) & (rows < size), (columns >= 0) & (columns < size)
-    inside = rows[:, :, None] & columns[:, None, :]
-    return jnp.where(inside[..., None], 0, images)
+    return replace_rectangles(images, centres - size // 2, jnp.full_like(centres, size), 0)
 
 
-def random_erasing(images: Array, first: Array, size: Array, values: Array) -> Array:
-    """Replaces a rectangle of each image by other values (Zhong et al., arXiv:1708.04896).
+def replace_rectangles(images: Array, first: Array, size: Array, values: Array | float) -> Array:
+    """Replaces a rectangle of each image by other values.
 
     Args:
         images: `[B, H, W, C]`.
-        first: `[B, 2]` int, the first row and column of each rectangle.
+        first: `[B, 2]` int, the first row and column of each rectangle, which may reach beyond its
+            image.
         size: `[B, 2]` int, its height and width; where one is 0, the image stays as it is.
-        values: `[B, H, W, C]`, of which those inside the rectangles are taken.
+        values: `[B, H, W, C]`, of which those inside the rectangles are taken; or one for all.
 
     Returns:
         `[B, H, W, C]`, the dtype of `images`.
@@ -149,7 +145,7 @@ def random_erasing(images: Array, first: Array, size: Array, values: Array) -> A
     rows = (rows >= first[:, :1]) & (rows < end[:, :1])
     columns = (columns >= first[:, 1:]) & (columns < end[:, 1:])
     inside = rows[:, :, None] & columns[:, None, :]
-    return jnp.where(inside[..., None], values.astype(images.dtype), images)
+    return jnp.where(inside[..., None], values, images).astype(images.dtype)
 
 
 def mixup(
@@ -271,7 +267,7 @@ def augment(
         centres = draws.integers("cutout", 0, jnp.array(images.shape[1:3]))
         images = cutout(images, centres, cutout_size)
     if erasing:
-        images = random_erasing(images, *_rectangles(draws, erasing, images.shape))
+        images = replace_rectangles(images, *_erased(draws, erasing, images.shape))
     return images
 
 
@@ -309,8 +305,8 @@ class Draws(NamedTuple):
         return self.own(jax.random.randint(key, (self.number, 2), low, end))
 
 
-def _rectangles(draws: Draws, erasing: float, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """Draws the rectangles that random erasing replaces, and the noise in them.
+def _erased(draws: Draws, erasing: float, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """Draws the rectangles of random erasing, and noise for them (Zhong et al., arXiv:1708.04896).
 
     An area is uniform in [0.02, 0.4] of the image's, the logarithm of height / width in
     [log(0.3), log(1 / 0.3)], both as in the paper; a side longer than the image is cut.
