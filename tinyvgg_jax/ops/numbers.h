@@ -40,43 +40,111 @@
 #define INLINE inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+/* The same number of integers, bfloat16 numbers and bytes. A comparison of vectors gives integers:
+   -1, all bits set, where it holds, and 0 elsewhere. */
+typedef int32_t int_vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uint_vec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t half_vec __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint8_t byte_vec __attribute__((vector_size(LANES), aligned(1)));
 
 static long min(long a, long b) { return a < b ? a : b; }
 static long max(long a, long b) { return a > b ? a : b; }
 static long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-/* ---- Pixels. `bf16`, here and below, says that they are bfloat16; it is a constant wherever these
-   functions are inlined. */
+/* ---- Pixels, n at a time: LANES of them, or the fewer that are left of the channels; the rest of a
+   vector is zero then. Reading and writing fewer is rare, so it is not inlined. `bf16`, here and
+   below, says that pixels are bfloat16; it is a constant wherever these functions are inlined. */
 
-static INLINE float read_pixel(const void *from, long i, int bf16) {
-  if (!bf16) return ((const float *)from)[i];
-  uint32_t bits = (uint32_t)((const uint16_t *)from)[i] << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+#define RARE __attribute__((noinline))
+
+static RARE byte_vec read_some_bytes(const uint8_t *from, long n) {
+  byte_vec bytes = {0};
+  for (long i = 0; i < n; i++) bytes[i] = from[i];
+  return bytes;
+}
+
+static RARE void write_some_bytes(uint8_t *to, long n, byte_vec bytes) {
+  for (long i = 0; i < n; i++) to[i] = bytes[i];
+}
+
+static RARE vec read_some_floats(const float *from, long stride, long n) {
+  vec values = {0};
+  for (long i = 0; i < n; i++) values[i] = from[i * stride];
+  return values;
+}
+
+static RARE void write_some_floats(float *to, long n, vec values) {
+  for (long i = 0; i < n; i++) to[i] = values[i];
+}
+
+static RARE half_vec read_some_halves(const uint16_t *from, long stride, long n) {
+  half_vec halves = {0};
+  for (long i = 0; i < n; i++) halves[i] = from[i * stride];
+  return halves;
+}
+
+static RARE void write_some_halves(uint16_t *to, long n, half_vec halves) {
+  for (long i = 0; i < n; i++) to[i] = halves[i];
+}
+
+static INLINE byte_vec read_bytes(const uint8_t *from, long n) {
+  return n == LANES ? *(const byte_vec *)from : read_some_bytes(from, n);
+}
+
+static INLINE void write_bytes(uint8_t *to, long n, byte_vec bytes) {
+  if (n == LANES)
+    *(byte_vec *)to = bytes;
+  else
+    write_some_bytes(to, n, bytes);
+}
+
+/* Reads n pixels from number `at` on, `stride` apart. A single one is common: grey images have one
+   channel. */
+static INLINE vec read_pixels(const void *from, long at, long stride, long n, int bf16) {
+  int whole = n == LANES && stride == 1;
+  if (bf16) {
+    const uint16_t *pixels = (const uint16_t *)from + at;
+    half_vec halves = whole    ? *(const half_vec *)pixels
+                      : n == 1 ? (half_vec){*pixels}
+                               : read_some_halves(pixels, stride, n);
+    return (vec)(__builtin_convertvector(halves, uint_vec) << 16);
+  }
+  const float *pixels = (const float *)from + at;
+  return whole    ? *(const vec *)pixels
+         : n == 1 ? (vec){*pixels}
+                  : read_some_floats(pixels, stride, n);
 }
 
 /* Rounds to the nearest number that a pixel can hold, and to the even one of two that are equally
    near. A NaN stays one: it came from bfloat16 or from the processor, so its lower half is zero, and
    the addition does not overflow. */
-static INLINE float round_to_pixel(float value, int bf16) {
-  if (!bf16) return value;
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+static INLINE vec round_to_pixels(vec values, int bf16) {
+  if (!bf16) return values;
+  uint_vec bits = (uint_vec)values;
+  return (vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
 }
 
-/* Writes a value that `round_to_pixel` has rounded. */
-static INLINE void write_pixel(void *to, long i, float rounded, int bf16) {
-  if (!bf16) {
-    ((float *)to)[i] = rounded;
+/* Writes n values that `round_to_pixels` has rounded, from pixel number `at` on. */
+static INLINE void write_pixels(void *to, long at, long n, vec rounded, int bf16) {
+  if (bf16) {
+    uint16_t *pixels = (uint16_t *)to + at;
+    half_vec halves = __builtin_convertvector((uint_vec)rounded >> 16, half_vec);
+    if (n == LANES)
+      *(half_vec *)pixels = halves;
+    else
+      write_some_halves(pixels, n, halves);
     return;
   }
-  uint32_t bits;
-  memcpy(&bits, &rounded, sizeof bits);
-  ((uint16_t *)to)[i] = (uint16_t)(bits >> 16);
+  float *pixels = (float *)to + at;
+  if (n == LANES)
+    *(vec *)pixels = rounded;
+  else
+    write_some_floats(pixels, n, rounded);
+}
+
+/* a where `condition` holds, b elsewhere. */
+static INLINE vec choose(int_vec condition, vec a, vec b) {
+  return (vec)((condition & (int_vec)a) | (~condition & (int_vec)b));
 }
 
 /* ---- Pairs */

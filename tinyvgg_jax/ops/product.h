@@ -1,4 +1,4 @@
-/* Matrix products of small blocks, which winograd.c takes 16 of for each chunk of tiles. Elements
+/* Matrix products of small blocks, which winograd.c takes one of for each element of a tile. Elements
    are floats, or pairs of bfloat16 numbers (numbers.h); `pairs` says which. */
 
 /* c[r][n] = sum over d of a[r][d] b[d][n], or += with `add`, for ROWS x COLUMNS elements. */
@@ -7,6 +7,7 @@ static INLINE void product_block(
     long c_row, int add, int pairs) {
   vec sum[ROWS][2];
   for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = (vec){0};
+#pragma GCC unroll 4
   for (long d = 0; d < depth; d++) {
     vec left = *(const vec *)(b + d * b_depth), right = *(const vec *)(b + d * b_depth + LANES);
 #pragma GCC unroll 12

@@ -2,8 +2,10 @@
 
 typedef struct {
   long B, H, W, C, O;
-  int bf16;  /* 1 if pixels are bfloat16, else 0 */
-  int pairs; /* 1 if the products take them in pairs */
+  int bf16;     /* 1 if pixels are bfloat16, else 0 */
+  int pairs;    /* 1 if the products take them in pairs */
+  int size;     /* output pixels in a row or column of a tile: 2 or 4 */
+  int elements; /* of a transformed tile: (size + 2)^2 */
   long tiles_h, tiles_w, tiles;
   long O_up;          /* O, rounded up to whole panels of COLUMNS */
   long chunk;         /* tiles in a chunk, a multiple of ROWS */
@@ -22,21 +24,34 @@ static int takes_pairs(const XLA_FFI_Buffer *images) {
   return HAS_PAIRS && images->dtype == XLA_FFI_DataType_BF16;
 }
 
-/* Plans a convolution of images [B, H, W, any] from C to O channels, with `elements` elements of
-   buffers for each tile. `only_squares` leaves out an odd last row or column, which belongs to no
-   square of the pooling. */
+/* The size of tiles for B images of H x W pixels that takes the least time, in multiplications for a
+   channel in and out. Transforming the kernel takes about as long as multiplying it with 16 tiles.
+   Pairs take 2, because they are rounded to bfloat16, and the transformations of larger tiles would
+   make an error of that size several times larger. */
+static int tile_size(long B, long H, long W, int pairs) {
+  long by_2 = 16 * (B * ((H + 1) / 2) * ((W + 1) / 2) + 16);
+  long by_4 = 36 * (B * ((H + 3) / 4) * ((W + 3) / 4) + 16);
+  return by_4 < by_2 && !pairs ? 4 : 2;
+}
+
+/* Plans a convolution of images [B, H, W, any] from C to O channels. Each of a tile's elements takes
+   `channels` elements of the buffers. `only_squares` leaves out an odd last row or column, which
+   belongs to no square of the pooling. */
 static void make_plan(Plan *plan, const XLA_FFI_Buffer *images, long C, long O, int only_squares,
-                      long elements, const float *zeros) {
+                      long channels, const float *zeros) {
   plan->B = images->dims[0], plan->H = images->dims[1], plan->W = images->dims[2];
   plan->C = C;
   plan->O = O;
   plan->O_up = round_up(O, COLUMNS);
   plan->bf16 = images->dtype == XLA_FFI_DataType_BF16;
   plan->pairs = takes_pairs(images);
-  plan->tiles_h = (plan->H + !only_squares) / 2;
-  plan->tiles_w = (plan->W + !only_squares) / 2;
+  plan->size = tile_size(plan->B, plan->H, plan->W, plan->pairs);
+  plan->elements = (plan->size + 2) * (plan->size + 2);
+  long H = only_squares ? plan->H / 2 * 2 : plan->H, W = only_squares ? plan->W / 2 * 2 : plan->W;
+  plan->tiles_h = (H + plan->size - 1) / plan->size;
+  plan->tiles_w = (W + plan->size - 1) / plan->size;
   plan->tiles = plan->B * plan->tiles_h * plan->tiles_w;
-  plan->chunk = max(CHUNK_ELEMENTS / elements, MIN_CHUNK);
+  plan->chunk = max(CHUNK_ELEMENTS / (plan->elements * channels), MIN_CHUNK);
   plan->chunks = (plan->tiles + plan->chunk - 1) / plan->chunk;
   plan->chunk = round_up((plan->tiles + plan->chunks - 1) / plan->chunks, ROWS);
   plan->chunks = (plan->tiles + plan->chunk - 1) / plan->chunk;
@@ -49,23 +64,46 @@ static INLINE const void *pixel(const Plan *plan, const void *array, long i) {
   return (const char *)array + i * (plan->bf16 ? 2 : 4);
 }
 
-/* Calls a transformation with a constant as its last argument, `bf16`. */
-#define FOR_DTYPE_OF(plan, transformation, ...) \
-  ((plan)->bf16 ? transformation(__VA_ARGS__, 1) : transformation(__VA_ARGS__, 0))
+/* Calls a transformation with two constants as its last arguments, `size` and `bf16`. */
+#define FOR_KIND_OF(plan, transformation, ...)                                              \
+  ((plan)->size == 4 ? (plan)->bf16 ? transformation(__VA_ARGS__, 4, 1)                     \
+                                    : transformation(__VA_ARGS__, 4, 0)                     \
+   : (plan)->bf16    ? transformation(__VA_ARGS__, 2, 1)                                    \
+                     : transformation(__VA_ARGS__, 2, 0))
 
-/* Finds the tile's pixels: the n x n addresses of rows and columns `from` to `from` + n - 1,
-   counted from the tile's first output pixel. Pixels outside of the image lie in `zeros`. */
-static void locate(const Plan *plan, const void *x, long channels, long tile, int from, int n,
-                   const void **pixels) {
+/* The most pixels that a tile reads, which are also its most elements. */
+#define MOST_PIXELS 36
+#define OUTSIDE (-1)
+
+/* Finds n x n pixels, or with `squares` n x n squares of the pooling: those of rows and columns
+   `from` to `from` + n - 1, counted from the tile's first. Gives their numbers in the array, or
+   OUTSIDE. */
+static void find(const Plan *plan, int squares, long tile, int from, int n, long *places) {
+  int side = squares ? 2 : 1;
+  long H = plan->H / side, W = plan->W / side, size = plan->size / side;
   long column = tile % plan->tiles_w, row = tile / plan->tiles_w % plan->tiles_h;
-  long image = tile / (plan->tiles_w * plan->tiles_h) * plan->H * plan->W;
+  long image = tile / (plan->tiles_w * plan->tiles_h) * H * W;
   for (int i = 0; i < n; i++)
     for (int j = 0; j < n; j++) {
-      long h = 2 * row + from + i, w = 2 * column + from + j;
-      int inside = 0 <= h && h < plan->H && 0 <= w && w < plan->W;
-      pixels[i * n + j] =
-          inside ? pixel(plan, x, (image + h * plan->W + w) * channels) : plan->zeros;
+      long h = size * row + from + i, w = size * column + from + j;
+      int inside = 0 <= h && h < H && 0 <= w && w < W;
+      places[i * n + j] = inside ? image + h * W + w : OUTSIDE;
     }
+}
+
+/* The addresses of n x n places in an array; those OUTSIDE lie in `zeros`. */
+static void locate(const Plan *plan, const void *x, long channels, int n, const long *places,
+                   const void **addresses) {
+  for (int i = 0; i < n * n; i++)
+    addresses[i] = places[i] == OUTSIDE ? plan->zeros : pixel(plan, x, places[i] * channels);
+}
+
+/* The same for the bytes of the pooling's maxima. */
+static void locate_maxima(const Plan *plan, const uint8_t *maxima, long channels, int n,
+                          const long *places, const uint8_t **addresses) {
+  for (int i = 0; i < n * n; i++)
+    addresses[i] = places[i] == OUTSIDE ? (const uint8_t *)plan->zeros
+                                        : maxima + places[i] * channels;
 }
 
 /* The gate that a gradient goes through; at most one of the two is not NULL:
@@ -76,180 +114,175 @@ typedef struct {
   const uint8_t *maxima;
 } Gate;
 
-/* The gradient of one pixel of a pooling square: `gradient_share`, the square's gradient divided by
-   its number of maxima, if the pixel is one of them. The value is read in any case, here and below,
-   because the compiler would turn a conditional read into a jump. */
-static INLINE float through_pooling(const void *gradient_share, const uint8_t *maxima, int bit,
-                                    long c, int bf16) {
-  float value = read_pixel(gradient_share, c, bf16);
-  return maxima[c] >> bit & 1 ? value : 0;
+/* The gradient of a pixel of a pooling square, for n channels from c on: `gradient_share`, the
+   square's gradient divided by its number of maxima, where the pixel is one of them. */
+static INLINE vec through_pooling(const void *gradient_share, const uint8_t *maxima, int bit,
+                                  long c, long n, int bf16) {
+  int_vec bits = __builtin_convertvector(read_bytes(maxima + c, n), int_vec) >> bit & 1;
+  return choose(bits != 0, read_pixels(gradient_share, c, 1, n, bf16), (vec){0});
 }
 
-/* The gradient of one pixel before a ReLU, whose output was y. */
-static INLINE float through_relu(const void *gradient, const void *y, long c, int bf16) {
-  float value = read_pixel(gradient, c, bf16);
-  return read_pixel(y, c, bf16) > 0 ? value : 0;
+/* The gradient of a pixel before a ReLU, whose output was y, for n channels from c on. */
+static INLINE vec through_relu(const void *gradient, const void *y, long c, long n, int bf16) {
+  int_vec positive = read_pixels(y, c, 1, n, bf16) > 0;
+  return choose(positive, read_pixels(gradient, c, 1, n, bf16), (vec){0});
 }
 
-/* v = B' d B for each of C channels, d being the 4x4 pixels of a tile:
+/* v = B' d B for each of C channels, d being the (size + 2)^2 input pixels of a tile:
      with neither `outputs` nor `maxima`, the pixels themselves;
      with `outputs`, a gradient behind a ReLU, let through where the outputs are positive;
-     with `maxima`, a pooled gradient, of which `d` holds the 3x3 squares that the 4x4 pixels lie in
-     (the tile's own square, and one row or column of each of its neighbours).
-   The 16 elements of v lie `step` floats apart. */
-static INLINE void transform_4x4(long C, const void **d, const void **outputs,
-                                 const uint8_t **maxima, float *v, long step, int bf16) {
-#pragma omp simd
-  for (long c = 0; c < C; c++) {
-    float t[16];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      float a, b, e, f;
-      if (maxima) {
-        int k = (j + 1) / 2, right = (j + 1) % 2;
-        a = through_pooling(d[k], maxima[k], 2 + right, c, bf16);
-        b = through_pooling(d[3 + k], maxima[3 + k], right, c, bf16);
-        e = through_pooling(d[3 + k], maxima[3 + k], 2 + right, c, bf16);
-        f = through_pooling(d[6 + k], maxima[6 + k], right, c, bf16);
-      } else if (outputs) {
-        a = through_relu(d[j], outputs[j], c, bf16);
-        b = through_relu(d[4 + j], outputs[4 + j], c, bf16);
-        e = through_relu(d[8 + j], outputs[8 + j], c, bf16);
-        f = through_relu(d[12 + j], outputs[12 + j], c, bf16);
-      } else {
-        a = read_pixel(d[j], c, bf16), b = read_pixel(d[4 + j], c, bf16);
-        e = read_pixel(d[8 + j], c, bf16), f = read_pixel(d[12 + j], c, bf16);
+     with `maxima`, a pooled gradient, of which `d` holds the squares that the pixels lie in (the
+     tile's own, and one row or column of each of its neighbours).
+   The elements of v lie `step` floats apart. Whole vectors are written, zeros beyond channel C. */
+static INLINE void transform_pixels(long C, const void **d, const void **outputs,
+                                    const uint8_t **maxima, float *v, long step, int size,
+                                    int bf16) {
+  const int side = size + 2, squares = size / 2 + 2;
+  for (long c = 0; c < C; c += LANES) {
+    long n = min(C - c, LANES);
+    vec t[36], line[6];
+#pragma GCC unroll 6
+    for (int j = 0; j < side; j++) {
+#pragma GCC unroll 6
+      for (int i = 0; i < side; i++) {
+        /* The first pixel is the last of its square. */
+        int k = (i + 1) / 2 * squares + (j + 1) / 2, bit = (i + 1) % 2 * 2 + (j + 1) % 2;
+        int at = i * side + j;
+        line[i] = maxima    ? through_pooling(d[k], maxima[k], bit, c, n, bf16)
+                  : outputs ? through_relu(d[at], outputs[at], c, n, bf16)
+                            : read_pixels(d[at], c, 1, n, bf16);
       }
-      t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
+      line_to_v(line, t + j, side, size);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      float a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3];
-      v[(4 * i) * step + c] = a - e;
-      v[(4 * i + 1) * step + c] = b + e;
-      v[(4 * i + 2) * step + c] = e - b;
-      v[(4 * i + 3) * step + c] = b - f;
+#pragma GCC unroll 6
+    for (int i = 0; i < side; i++) {
+      line_to_v(t + i * side, line, 1, size);
+#pragma GCC unroll 6
+      for (int j = 0; j < side; j++) *(vec *)(v + (i * side + j) * step + c) = line[j];
     }
   }
-}
-
-static void transform_pixels(const Plan *plan, const void *x, long tile, float *v, long step) {
-  const void *pixels[16];
-  locate(plan, x, plan->C, tile, -1, 4, pixels);
-  FOR_DTYPE_OF(plan, transform_4x4, plan->C, pixels, NULL, NULL, v, step);
-}
-
-static void transform_relu_gradient(const Plan *plan, const void *gradient, const void *y,
-                                    long tile, float *v, long step) {
-  const void *pixels[16], *outputs[16];
-  locate(plan, gradient, plan->C, tile, -1, 4, pixels);
-  locate(plan, y, plan->C, tile, -1, 4, outputs);
-  FOR_DTYPE_OF(plan, transform_4x4, plan->C, pixels, outputs, NULL, v, step);
-}
-
-static void transform_pooled_gradient(const Plan *plan, const void *gradient_share,
-                                      const uint8_t *maxima, long tile, float *v, long step) {
-  const void *shares[9];
-  const uint8_t *masks[9];
-  long H = plan->H / 2, W = plan->W / 2;
-  long column = tile % plan->tiles_w, row = tile / plan->tiles_w % plan->tiles_h;
-  long image = tile / (plan->tiles_w * plan->tiles_h);
-  for (int i = 0; i < 3; i++)
-    for (int j = 0; j < 3; j++) {
-      long h = row - 1 + i, w = column - 1 + j, at = ((image * H + h) * W + w) * plan->C;
-      int inside = 0 <= h && h < H && 0 <= w && w < W;
-      shares[3 * i + j] = inside ? pixel(plan, gradient_share, at) : plan->zeros;
-      masks[3 * i + j] = inside ? maxima + at : (const uint8_t *)plan->zeros;
-    }
-  FOR_DTYPE_OF(plan, transform_4x4, plan->C, shares, NULL, masks, v, step);
 }
 
 /* v = B' d B for the input x of a convolution: images, or a gradient that goes through `gate`. */
 static void transform_input(const Plan *plan, const void *x, Gate gate, long tile, float *v,
                             long step) {
-  if (gate.maxima)
-    transform_pooled_gradient(plan, x, gate.maxima, tile, v, step);
-  else if (gate.outputs)
-    transform_relu_gradient(plan, x, gate.outputs, tile, v, step);
-  else
-    transform_pixels(plan, x, tile, v, step);
-}
-
-/* m = A e A' for each of O channels, e being the gradient of the tile's 2x2 output pixels: `g`, let
-   through where the ReLU's `outputs` are positive; or with `maxima`, the square's `g[0]`, let
-   through to the maxima. */
-static INLINE void transform_2x2(long O, const void **g, const void **outputs,
-                                 const uint8_t *maxima, float *m, long step, int bf16) {
-#pragma omp simd
-  for (long o = 0; o < O; o++) {
-    float t[8];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      float a, b;
-      if (maxima) {
-        a = through_pooling(g[0], maxima, j, o, bf16);
-        b = through_pooling(g[0], maxima, 2 + j, o, bf16);
-      } else {
-        a = through_relu(g[j], outputs[j], o, bf16);
-        b = through_relu(g[2 + j], outputs[2 + j], o, bf16);
-      }
-      t[j] = a, t[2 + j] = a + b, t[4 + j] = a - b, t[6 + j] = -b;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      float a = t[2 * i], b = t[2 * i + 1];
-      m[(4 * i) * step + o] = a;
-      m[(4 * i + 1) * step + o] = a + b;
-      m[(4 * i + 2) * step + o] = a - b;
-      m[(4 * i + 3) * step + o] = -b;
-    }
-  }
-}
-
-/* m = A e A' for the gradient of a convolution's output, which goes through `gate`. */
-static void transform_gradient(const Plan *plan, const void *gradient, Gate gate, long tile,
-                               float *m, long step) {
-  const void *pixels[4] = {pixel(plan, gradient, tile * plan->O)}, *outputs[4];
+  const void *pixels[MOST_PIXELS], *outputs[MOST_PIXELS];
+  const uint8_t *maxima[MOST_PIXELS];
+  long places[MOST_PIXELS], C = plan->C;
+  int n = gate.maxima ? plan->size / 2 + 2 : plan->size + 2;
+  find(plan, gate.maxima != NULL, tile, -1, n, places);
+  locate(plan, x, C, n, places, pixels);
   if (gate.maxima) {
-    const uint8_t *maxima = gate.maxima + tile * plan->O;
-    FOR_DTYPE_OF(plan, transform_2x2, plan->O, pixels, NULL, maxima, m, step);
+    locate_maxima(plan, gate.maxima, C, n, places, maxima);
+    FOR_KIND_OF(plan, transform_pixels, C, pixels, NULL, maxima, v, step);
+  } else if (gate.outputs) {
+    locate(plan, gate.outputs, C, n, places, outputs);
+    FOR_KIND_OF(plan, transform_pixels, C, pixels, outputs, NULL, v, step);
   } else {
-    locate(plan, gradient, plan->O, tile, 0, 2, pixels);
-    locate(plan, gate.outputs, plan->O, tile, 0, 2, outputs);
-    FOR_DTYPE_OF(plan, transform_2x2, plan->O, pixels, outputs, NULL, m, step);
+    FOR_KIND_OF(plan, transform_pixels, C, pixels, NULL, NULL, v, step);
   }
 }
 
-/* s = A' m A + bias, the tile's 2x2 output pixels, for each of n channels. Writes max(s, least) for
-   each pixel: a ReLU if `least` is 0, and s itself if it is -INFINITY. With `maxima`, writes only
-   the largest of the four, and sets the bits of the pixels that have it; none if it is not above
-   `least`, because then ReLU lets no gradient through. */
-static INLINE void transform_back(long n, const float *m, long step, const void *bias, float least,
-                                  void **y, uint8_t *maxima, int bf16) {
-#pragma omp simd
-  for (long o = 0; o < n; o++) {
-    float t[8], s[4], b = read_pixel(bias, o, bf16);
+/* m = A e A' for each of O channels, e being the gradient of the tile's output pixels: `g`, let
+   through where the ReLU's `outputs` are positive; or with `maxima`, that of the tile's squares, let
+   through to the maxima. Adds the pixels of e to `sum`. Whole vectors are written, zeros beyond
+   channel O. */
+static INLINE void transform_output_gradient(long O, const void **g, const void **outputs,
+                                             const uint8_t **maxima, float *m, long step,
+                                             float *sum, int size, int bf16) {
+  const int side = size + 2, squares = size / 2;
+  for (long o = 0; o < O; o += LANES) {
+    long n = min(O - o, LANES);
+    vec t[24], line[6], total = {0};
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      float a = m[j * step + o], b = m[(4 + j) * step + o], e = m[(8 + j) * step + o],
-            f = m[(12 + j) * step + o];
-      t[j] = a + b + e, t[4 + j] = b - e - f;
+    for (int j = 0; j < size; j++) {
+      vec of_column = {0};
+#pragma GCC unroll 4
+      for (int i = 0; i < size; i++) {
+        int k = i / 2 * squares + j / 2, bit = i % 2 * 2 + j % 2, at = i * size + j;
+        line[i] = maxima ? through_pooling(g[k], maxima[k], bit, o, n, bf16)
+                         : through_relu(g[at], outputs[at], o, n, bf16);
+        of_column += line[i];
+      }
+      total += of_column;
+      line_to_m(line, t + j, size, size);
     }
-    s[0] = round_to_pixel(t[0] + t[1] + t[2] + b, bf16);
-    s[1] = round_to_pixel(t[1] - t[2] - t[3] + b, bf16);
-    s[2] = round_to_pixel(t[4] + t[5] + t[6] + b, bf16);
-    s[3] = round_to_pixel(t[5] - t[6] - t[7] + b, bf16);
-    /* The comparisons are written in the directions that let a NaN through to the output. */
-    if (maxima) {
-      float most = s[0];
+#pragma GCC unroll 6
+    for (int i = 0; i < side; i++) {
+      line_to_m(t + i * size, line, 1, size);
+#pragma GCC unroll 6
+      for (int j = 0; j < side; j++) *(vec *)(m + (i * side + j) * step + o) = line[j];
+    }
+    *(vec *)(sum + o) += total;
+  }
+}
+
+/* m = A e A' for the gradient of a convolution's output, which goes through `gate`. Adds the
+   gradient's pixels to `sum`. */
+static void transform_gradient(const Plan *plan, const void *gradient, Gate gate, long tile,
+                               float *m, long step, float *sum) {
+  const void *pixels[MOST_PIXELS], *outputs[MOST_PIXELS];
+  const uint8_t *maxima[MOST_PIXELS];
+  long places[MOST_PIXELS], O = plan->O;
+  int n = gate.maxima ? plan->size / 2 : plan->size;
+  find(plan, gate.maxima != NULL, tile, 0, n, places);
+  locate(plan, gradient, O, n, places, pixels);
+  if (gate.maxima) {
+    locate_maxima(plan, gate.maxima, O, n, places, maxima);
+    FOR_KIND_OF(plan, transform_output_gradient, O, pixels, NULL, maxima, m, step, sum);
+  } else {
+    locate(plan, gate.outputs, O, n, places, outputs);
+    FOR_KIND_OF(plan, transform_output_gradient, O, pixels, outputs, NULL, m, step, sum);
+  }
+}
+
+/* The maximum of the four pixels of a square whose first is s[0] and whose rows lie `row` apart, and
+   in `mask` the bits of the pixels that have it. */
+static INLINE vec maximum_of(const vec *s, int row, int_vec *mask) {
+  const vec square[4] = {s[0], s[1], s[row], s[row + 1]};
+  vec most = square[0];
+  /* The comparisons, here and below, are written in the directions that let a NaN through. */
 #pragma GCC unroll 3
-      for (int i = 1; i < 4; i++) most = (s[i] > most) | (s[i] != s[i]) ? s[i] : most;
-      int mask = (s[0] == most) | (s[1] == most) << 1 | (s[2] == most) << 2 | (s[3] == most) << 3;
-      write_pixel(y[0], o, most < least ? least : most, bf16);
-      maxima[o] = most > least ? mask : 0;
-    } else {
+  for (int i = 1; i < 4; i++)
+    most = choose((square[i] > most) | (square[i] != square[i]), square[i], most);
+  *mask = ((square[0] == most) & 1) | ((square[1] == most) & 2) | ((square[2] == most) & 4) |
+          ((square[3] == most) & 8);
+  return most;
+}
+
+/* s = A' m A + bias, the tile's output pixels, for each of O channels. Writes max(s, least) for each
+   pixel: a ReLU if `least` is 0, and s itself if it is -INFINITY. With `maxima`, writes only the
+   largest of each square, and sets the bits of the pixels that have it; none if it is not above
+   `least`, because then ReLU lets no gradient through. */
+static INLINE void transform_back(long O, const float *m, long step, const void *bias, float least,
+                                  void **y, uint8_t **maxima, int size, int bf16) {
+  const int side = size + 2, squares = size / 2;
+  const vec bound = (vec){0} + least;
+  for (long o = 0; o < O; o += LANES) {
+    long n = min(O - o, LANES);
+    vec t[24], s[16], line[6], b = read_pixels(bias, o, 1, n, bf16);
+#pragma GCC unroll 6
+    for (int j = 0; j < side; j++) {
+#pragma GCC unroll 6
+      for (int i = 0; i < side; i++) line[i] = *(const vec *)(m + (i * side + j) * step + o);
+      line_from_m(line, t + j, side, size);
+    }
 #pragma GCC unroll 4
-      for (int i = 3; i >= 0; i--) write_pixel(y[i], o, s[i] < least ? least : s[i], bf16);
+    for (int i = 0; i < size; i++) line_from_m(t + i * side, s + i * size, 1, size);
+#pragma GCC unroll 16
+    for (int i = 0; i < size * size; i++) s[i] = round_to_pixels(s[i] + b, bf16);
+    if (maxima) {
+#pragma GCC unroll 4
+      for (int k = 0; k < squares * squares; k++) {
+        int_vec mask;
+        vec most = maximum_of(s + k / squares * 2 * size + k % squares * 2, size, &mask);
+        write_pixels(y[k], o, n, choose(most < bound, bound, most), bf16);
+        write_bytes(maxima[k] + o, n, __builtin_convertvector(mask & (most > bound), byte_vec));
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < size * size; i++)
+        write_pixels(y[i], o, n, choose(s[i] < bound, bound, s[i]), bf16);
     }
   }
 }
@@ -262,19 +295,24 @@ typedef struct {
   uint8_t *maxima; /* of the pooling; NULL if none follows */
 } Output;
 
-/* Writes a tile's output for the n channels from `from` on, or its maximum if pooling follows.
-   Pixels outside of the image are written to `nowhere`. */
+/* Writes a tile's output for the n channels from `from` on, or the maxima of its squares if pooling
+   follows. What lies outside of the image is written to `nowhere`. */
 static void transform_output(const Plan *plan, const float *m, long step, const Output *output,
                              long tile, long from, long n, void *nowhere) {
-  const void *pixels[4] = {pixel(plan, output->y, tile * plan->O)};
+  long places[MOST_PIXELS];
+  void *y[MOST_PIXELS];
+  uint8_t *maxima[MOST_PIXELS];
+  int pooled = output->maxima != NULL, side = pooled ? plan->size / 2 : plan->size;
+  find(plan, pooled, tile, 0, side, places);
+  for (int i = 0; i < side * side; i++) {
+    long at = places[i] * plan->O + from;
+    int inside = places[i] != OUTSIDE;
+    y[i] = inside ? (void *)pixel(plan, output->y, at) : nowhere;
+    maxima[i] = inside && pooled ? output->maxima + at : nowhere;
+  }
   const void *bias = pixel(plan, output->bias, from);
-  uint8_t *maxima = output->maxima ? output->maxima + tile * plan->O + from : NULL;
-  if (!maxima) locate(plan, output->y, plan->O, tile, 0, 2, pixels);
-  void *y[4];
-  for (int i = 0; i < (maxima ? 1 : 4); i++)
-    y[i] = pixels[i] == plan->zeros ? nowhere : (void *)pixel(plan, pixels[i], from);
-  if (maxima)
-    FOR_DTYPE_OF(plan, transform_back, n, m, step, bias, output->least, y, maxima);
+  if (pooled)
+    FOR_KIND_OF(plan, transform_back, n, m, step, bias, output->least, y, maxima);
   else
-    FOR_DTYPE_OF(plan, transform_back, n, m, step, bias, output->least, y, NULL);
+    FOR_KIND_OF(plan, transform_back, n, m, step, bias, output->least, y, NULL);
 }

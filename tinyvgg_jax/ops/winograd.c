@@ -1,36 +1,38 @@
-/* SAME 3x3 convolutions on a CPU by Winograd's F(2x2, 3x3), as XLA custom calls. README.md beside
-   this file derives the formulas; Lavin & Gray (arXiv:1509.09308) introduced them.
+/* SAME 3x3 convolutions on a CPU by Winograd's F(2x2, 3x3) and F(4x4, 3x3), as XLA custom calls.
+   README.md beside this file derives the formulas; Lavin & Gray (arXiv:1509.09308) introduced them.
 
-   A tile is a square of 2x2 output pixels, with the 4x4 input pixels that they depend on. With d
-   the input of a tile in one channel and g the 3x3 kernel of that channel,
+   A tile is a square of n x n output pixels, n being 2 or 4, with the (n + 2)^2 input pixels that
+   they depend on. With d the input of a tile in one channel and g the 3x3 kernel of that channel,
 
-     output = A' [(G g G') * (B' d B)] A,    ' the transpose, * the product element by element,
+     output = A' [(G g G') * (B' d B)] A,    ' the transpose, * the product element by element.
+
+   For n = 2,
 
           [1  0 -1  0]        [ 1    0    0 ]
      B' = [0  1  1  0]    G = [1/2  1/2  1/2]    A' = [1  1  1  0]
           [0 -1  1  0]        [1/2 -1/2  1/2]         [0  1 -1 -1]
           [0  1  0 -1]        [ 0    0    1 ]
 
-   Summed over the input channels, each of the 16 elements of the bracket is a matrix product of
-   its own, [tiles, C] by [C, O]. That takes 16 multiplications where a direct convolution takes
-   36, and rounds about as a direct convolution does. The gradients take the same matrices:
+   Summed over the input channels, each of the (n + 2)^2 elements of the bracket is a matrix product
+   of its own, [tiles, C] by [C, O]. That takes 16 multiplications for 4 pixels, or 36 for 16, where
+   a direct convolution takes 9 for each. The gradients take the same matrices:
 
      input gradient  = the convolution of the output's gradient with the kernel rotated by 180
                        degrees, its input and output channels exchanged;
-     kernel gradient = G' [sum over tiles of (B' d B) * (A e A')] G, e the tile's 2x2 pixels of the
+     kernel gradient = G' [sum over tiles of (B' d B) * (A e A')] G, e the tile's n x n pixels of the
                        output's gradient.
 
-   The 2x2 output pixels of a tile are also a square of the 2x2 max pooling. So a convolution with
-   pooling behind it writes only the maximum of each square, never the four pixels. For the
-   gradient it also writes a byte that says which of the four were the maximum. The gradient of the
-   four pixels is never written, either: it is computed wherever it is read, from this byte and the
-   pooled gradient, divided among the maxima.
+   The n x n output pixels of a tile are also one square, or four, of the 2x2 max pooling. So a
+   convolution with pooling behind it writes only the maximum of each square, never the four pixels.
+   For the gradient it also writes a byte that says which of the four were the maximum. The gradient
+   of the four pixels is never written, either: it is computed wherever it is read, from this byte
+   and the pooled gradient, divided among the maxima.
 
    Arrays are dense: images [B, H, W, C], kernels [3, 3, C, O], all float32 or all bfloat16. The
    tiles are processed in chunks that fit the cache, on XLA's own threads. A result does not depend
    on which thread computed what, but on the number of threads, because the sum of a kernel's
    gradient is split into as many pieces. Always splitting it alike would cost a buffer of the
-   transformed kernel's size, 4 MB, for each of as many pieces as a large processor has threads. */
+   transformed kernel's size, 9 MB, for each of as many pieces as a large processor has threads. */
 
 #include <math.h>
 #include <stdatomic.h>
@@ -42,6 +44,7 @@
 
 #include "buffers.h"
 #include "numbers.h"
+#include "lines.h"
 #include "product.h"
 #include "threads.h"
 #include "tiles.h"
@@ -61,35 +64,33 @@ typedef struct {
   long depth;  /* elements of a transformed tile: C, or half as many pairs */
   long groups; /* groups of panels: more tasks where there are fewer chunks than threads */
   float *u;    /* NULL if each task transforms the panels that it needs */
-  /* Distance in elements from one of a tile's 16 elements to the next. The extra 16 elements keep
-     the 16 streams from falling into the same sets of the cache. */
+  /* Distance in floats from one of a tile's elements to the next. The 16 floats more keep these
+     streams from falling into the same sets of the cache. */
   long v_step, m_step, u_step;
   /* How this convolution reads the kernel [3, 3, in, out]: the offset of its first element, and the
      strides. A rotated kernel begins at the last of the nine and has a negative stride. */
   long first, tap, in, out;
 } Forward;
 
-/* u = G g G' for one input channel and n output channels. */
-static INLINE void transform_taps(const void *g, long tap, long out, long n, float *u, long step,
-                                  int bf16) {
-#pragma omp simd
-  for (long o = 0; o < n; o++) {
-    float t[12];
+/* u = G g G' for one input channel and O output channels. */
+static INLINE void transform_taps(const void *g, long tap, long out, long O, float *u, long step,
+                                  int size, int bf16) {
+  const int side = size + 2;
+  for (long o = 0; o < O; o += LANES) {
+    long n = min(O - o, LANES);
+    vec t[18], line[6];
 #pragma GCC unroll 3
     for (int j = 0; j < 3; j++) {
-      float a = read_pixel(g, o * out + j * tap, bf16),
-            b = read_pixel(g, o * out + (3 + j) * tap, bf16),
-            e = read_pixel(g, o * out + (6 + j) * tap, bf16);
-      t[j] = a, t[9 + j] = e;
-      t[3 + j] = 0.5f * (a + e + b), t[6 + j] = 0.5f * (a + e - b);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; i++)
+        line[i] = read_pixels(g, o * out + (3 * i + j) * tap, out, n, bf16);
+      line_to_u(line, t + j, 3, size);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      float a = t[3 * i], b = t[3 * i + 1], e = t[3 * i + 2];
-      u[(4 * i) * step + o] = a;
-      u[(4 * i + 1) * step + o] = 0.5f * (a + e + b);
-      u[(4 * i + 2) * step + o] = 0.5f * (a + e - b);
-      u[(4 * i + 3) * step + o] = e;
+#pragma GCC unroll 6
+    for (int i = 0; i < side; i++) {
+      line_to_u(t + 3 * i, line, 1, size);
+#pragma GCC unroll 6
+      for (int j = 0; j < side; j++) *(vec *)(u + (i * side + j) * step + o) = line[j];
     }
   }
 }
@@ -98,23 +99,19 @@ static INLINE void transform_taps(const void *g, long tap, long out, long n, flo
 static void transform_row(const Forward *f, long panel, long c, float *u, long step) {
   long columns = min(f->plan.O - panel * COLUMNS, COLUMNS);
   if (columns < COLUMNS || c >= f->plan.C)
-    for (int k = 0; k < 16; k++) memset(u + k * step, 0, COLUMNS * sizeof(float));
+    for (int k = 0; k < f->plan.elements; k++) memset(u + k * step, 0, COLUMNS * sizeof(float));
   if (c >= f->plan.C) return;
   const void *g = pixel(&f->plan, f->kernel, f->first + c * f->in + panel * COLUMNS * f->out);
-  /* With the stride 1 as a constant, the compiler reads whole vectors of the kernel. */
-  if (f->out == 1)
-    FOR_DTYPE_OF(&f->plan, transform_taps, g, f->tap, 1, columns, u, step);
-  else
-    FOR_DTYPE_OF(&f->plan, transform_taps, g, f->tap, f->out, columns, u, step);
+  FOR_KIND_OF(&f->plan, transform_taps, g, f->tap, f->out, columns, u, step);
 }
 
-/* u = G g G' for one panel of output channels: [depth, COLUMNS] for each of the 16 elements. */
+/* u = G g G' for one panel of output channels: [depth, COLUMNS] for each of a tile's elements. */
 static void transform_panel(const Forward *f, long panel, float *u, long step) {
-  float rows[2][16 * COLUMNS];
+  float rows[2][MOST_PIXELS * COLUMNS];
   for (long d = 0; d < f->depth; d++, u += COLUMNS)
     if (f->plan.pairs) {
       for (int i = 0; i < 2; i++) transform_row(f, panel, 2 * d + i, rows[i], COLUMNS);
-      for (int k = 0; k < 16; k++)
+      for (int k = 0; k < f->plan.elements; k++)
         pack_rows(rows[0] + k * COLUMNS, rows[1] + k * COLUMNS, COLUMNS, u + k * step);
     } else {
       transform_row(f, panel, d, u, step);
@@ -126,20 +123,21 @@ static void transform_kernel(void *argument, long panel) {
   transform_panel(f, panel, f->u + panel * f->depth * COLUMNS, f->u_step);
 }
 
-/* v = B' d B for n tiles: [n, depth] for each of the 16 elements. `scratch` is needed for pairs. */
+/* v = B' d B for n tiles: [n, depth] for each of a tile's elements. `scratch` is needed for pairs. */
 static void transform_tiles(const Forward *f, long first, long n, float *v, float *scratch) {
   long C = f->plan.C, step = round_up(C, 32);
   if (f->plan.pairs) memset(scratch, 0, 16 * step * sizeof(float));
   for (long t = 0; t < n; t++, v += f->depth)
     if (f->plan.pairs) {
       transform_input(&f->plan, f->x, f->gate, first + t, scratch, step);
-      for (int k = 0; k < 16; k++) pack_neighbours(scratch + k * step, C, v + k * f->v_step);
+      for (int k = 0; k < f->plan.elements; k++)
+        pack_neighbours(scratch + k * step, C, v + k * f->v_step);
     } else {
       transform_input(&f->plan, f->x, f->gate, first + t, v, f->v_step);
     }
 }
 
-/* Multiplies n tiles by panels `panel` to `end` - 1 of the kernel, m = v u for each of the 16
+/* Multiplies n tiles by panels `panel` to `end` - 1 of the kernel, m = v u for each of a tile's
    elements, and transforms back. */
 static INLINE void multiply_tiles(const Forward *f, long first, long n, const float *v, long panel,
                                   long end, const float *u, long u_step, float *m, float *nowhere,
@@ -148,7 +146,7 @@ static INLINE void multiply_tiles(const Forward *f, long first, long n, const fl
   long m_row = (end - panel) * COLUMNS;
   for (long t = 0; t < n; t += STRIP) {
     long tiles = min(n - t, STRIP);
-    for (int k = 0; k < 16; k++)
+    for (int k = 0; k < f->plan.elements; k++)
       for (long p = 0; p < end - panel; p++)
         product(round_up(tiles, ROWS), f->depth, v + k * f->v_step + t * f->depth, f->depth, 1,
                 u + k * u_step + p * f->depth * COLUMNS, COLUMNS,
@@ -164,16 +162,17 @@ static void convolve_chunk(void *argument, long index) {
   Forward *f = argument;
   Plan *plan = &f->plan;
   /* With one chunk no other task needs the transformed panels, so only one at a time is kept. */
-  long u_step = f->u ? f->u_step : f->depth * COLUMNS + 16, one_u = f->u ? 0 : 16 * u_step;
-  long scratch_size = 16 * round_up(plan->C, 32);
+  long u_step = f->u ? f->u_step : f->depth * COLUMNS + 16;
+  long v_size = plan->elements * f->v_step, m_size = plan->elements * f->m_step;
+  long one_size = f->u ? 0 : plan->elements * u_step, scratch_size = 16 * round_up(plan->C, 32);
   size_t size;
-  float *v = borrow(16 * (f->v_step + f->m_step) + one_u + scratch_size + WIDTH * COLUMNS, &size);
+  float *v = borrow(v_size + m_size + scratch_size + one_size + WIDTH * COLUMNS, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
     return;
   }
-  float *m = v + 16 * f->v_step, *scratch = m + 16 * f->m_step, *one = scratch + scratch_size;
-  float *nowhere = one + one_u;
+  float *m = v + v_size, *scratch = m + m_size, *one = scratch + scratch_size;
+  float *nowhere = one + one_size;
   long panels = plan->O_up / COLUMNS, group = index % f->groups;
   long first = index / f->groups * plan->chunk, n = min(plan->chunk, plan->tiles - first);
   transform_tiles(f, first, n, v, scratch);
@@ -196,34 +195,31 @@ typedef struct {
   Plan plan;
   const void *x, *gradient;
   Gate gate;   /* where the gradient goes through */
-  float *sums; /* for each piece, v' m [16, C_up, O_up] and the gradient's sum [O_up] */
+  float *sums; /* for each piece, v' m [elements, C_up, O_up] and the gradient's sum [O_up] */
   void *of_kernel, *of_bias;
   long pieces;
   long C_up; /* C, rounded up to a multiple of ROWS; nobody reads the sums of the rows from C on */
   long product_size, piece_size; /* in elements */
-  /* Distance in elements from one tile, or pair of tiles, to the next, and from one of its 16
+  /* Distance in elements from one tile, or pair of tiles, to the next, and from one of its
      elements to the next. */
   long v_row, m_row, v_step, m_step;
 } ParameterGradient;
 
-/* Transforms one tile: v = B' d B, m = A e A'. Adds the gradient's pixels to `sum`: element (1, 1)
-   of A e A', the sixth of the 16, is the sum of the tile's four pixels, because row 1 of A is
-   [1, 1]. */
+/* Transforms one tile: v = B' d B, m = A e A'. Adds the gradient's pixels to `sum`. */
 static void transform_tile(const ParameterGradient *f, long tile, float *v, long v_step, float *m,
                            long m_step, float *sum) {
   transform_input(&f->plan, f->x, (Gate){0}, tile, v, v_step);
-  transform_gradient(&f->plan, f->gradient, f->gate, tile, m, m_step);
-#pragma omp simd
-  for (long o = 0; o < f->plan.O; o++) sum[o] += m[5 * m_step + o];
+  transform_gradient(&f->plan, f->gradient, f->gate, tile, m, m_step, sum);
 }
 
-/* Transforms n tiles: v and m, [n, channels] for each of the 16 elements. */
+/* Transforms n tiles: v and m, [n, channels] for each of a tile's elements. */
 static void transform_floats(const ParameterGradient *f, long first, long n, float *v, float *m,
                              float *sum) {
   long O = f->plan.O, rest = f->plan.O_up - O;
   for (long t = 0; t < n; t++, v += f->v_row, m += f->m_row) {
     transform_tile(f, first + t, v, f->v_step, m, f->m_step, sum);
-    for (int k = 0; k < 16; k++) memset(m + k * f->m_step + O, 0, rest * sizeof(float));
+    for (int k = 0; k < f->plan.elements; k++)
+      memset(m + k * f->m_step + O, 0, rest * sizeof(float));
   }
 }
 
@@ -238,17 +234,17 @@ static void transform_pairs(const ParameterGradient *f, long first, long n, floa
     if (t + 1 == n) memset(scratch + half, 0, half * sizeof(float));
     for (int i = 0; i < 2 && t + i < n; i++)
       transform_tile(f, first + t + i, to_v[i], v_step, to_m[i], m_step, sum);
-    for (int k = 0; k < 16; k++) {
+    for (int k = 0; k < f->plan.elements; k++) {
       pack_rows(to_v[0] + k * v_step, to_v[1] + k * v_step, v_step, v + k * f->v_step);
       pack_rows(to_m[0] + k * m_step, to_m[1] + k * m_step, m_step, m + k * f->m_step);
     }
   }
 }
 
-/* Takes the 16 products v' m of n tiles, [C, tiles] by [tiles, O], into the sums. */
+/* Takes the products v' m of n tiles, [C, tiles] by [tiles, O], into the sums. */
 static INLINE void multiply_transformed(const ParameterGradient *f, long n, const float *v,
                                         const float *m, float *sums, int add, int pairs) {
-  for (int k = 0; k < 16; k++)
+  for (int k = 0; k < f->plan.elements; k++)
     for (long o = 0; o < f->plan.O_up; o += COLUMNS)
       product(f->C_up, pairs ? (n + 1) / 2 : n, v + k * f->v_step, 1, f->v_row,
               m + k * f->m_step + o, f->m_row, sums + k * f->product_size + o, f->plan.O_up, add,
@@ -262,13 +258,14 @@ static void sum_piece(void *argument, long index) {
   Plan *plan = &f->plan;
   long O_up = plan->O_up, scratch_size = plan->pairs ? 32 * (round_up(plan->C, 16) + O_up) : 0;
   size_t size;
-  float *v = borrow(16 * (f->v_step + f->m_step) + O_up + scratch_size, &size);
+  int elements = plan->elements;
+  float *v = borrow(elements * (f->v_step + f->m_step) + O_up + scratch_size, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
     return;
   }
-  float *m = v + 16 * f->v_step, *sum = m + 16 * f->m_step, *scratch = sum + O_up;
-  float *sums = f->sums + index * f->piece_size, *total = sums + 16 * f->product_size;
+  float *m = v + elements * f->v_step, *sum = m + elements * f->m_step, *scratch = sum + O_up;
+  float *sums = f->sums + index * f->piece_size, *total = sums + elements * f->product_size;
   long begin = plan->tiles * index / f->pieces, end = plan->tiles * (index + 1) / f->pieces;
   for (long first = begin; first < end; first += plan->chunk) {
     long n = min(plan->chunk, end - first);
@@ -286,49 +283,51 @@ static void sum_piece(void *argument, long index) {
   give_back(v, size);
 }
 
+/* The sum over the pieces of what lies at `s` in the first. */
+static INLINE vec sum_of_pieces(const ParameterGradient *f, const float *s) {
+  vec sum = *(const vec *)s;
+  for (long piece = 1; piece < f->pieces; piece++) sum += *(const vec *)(s + piece * f->piece_size);
+  return sum;
+}
+
 /* The kernel's gradient G' s G for one input channel, s being the sum of all pieces. */
-static INLINE void transform_sums_of(const ParameterGradient *f, long c, int bf16) {
+static INLINE void transform_sums_of(const ParameterGradient *f, long c, int size, int bf16) {
+  const int side = size + 2;
   long O = f->plan.O, tap = f->plan.C * O;
   void *to = (void *)pixel(&f->plan, f->of_kernel, c * O);
-#pragma omp simd
-  for (long o = 0; o < O; o++) {
-    float s[16], t[12];
-#pragma GCC unroll 16
-    for (int k = 0; k < 16; k++) s[k] = 0;
-    for (long piece = 0; piece < f->pieces; piece++) {
-      const float *sums = f->sums + piece * f->piece_size + c * f->plan.O_up + o;
-#pragma GCC unroll 16
-      for (int k = 0; k < 16; k++) s[k] += sums[k * f->product_size];
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      float a = s[j], b = 0.5f * (s[4 + j] + s[8 + j]), e = 0.5f * (s[4 + j] - s[8 + j]);
-      t[j] = a + b, t[4 + j] = e, t[8 + j] = b + s[12 + j];
+  for (long o = 0; o < O; o += LANES) {
+    long n = min(O - o, LANES);
+    vec t[18], line[6];
+#pragma GCC unroll 6
+    for (int j = 0; j < side; j++) {
+#pragma GCC unroll 6
+      for (int i = 0; i < side; i++) {
+        const float *s = f->sums + (i * side + j) * f->product_size + c * f->plan.O_up + o;
+        line[i] = sum_of_pieces(f, s);
+      }
+      line_from_sums(line, t + j, side, size);
     }
 #pragma GCC unroll 3
     for (int i = 0; i < 3; i++) {
-      float a = t[4 * i], b = 0.5f * (t[4 * i + 1] + t[4 * i + 2]),
-            e = 0.5f * (t[4 * i + 1] - t[4 * i + 2]);
-      float taps[3] = {a + b, e, b + t[4 * i + 3]};
+      line_from_sums(t + i * side, line, 1, size);
 #pragma GCC unroll 3
       for (int j = 0; j < 3; j++)
-        write_pixel(to, (3 * i + j) * tap + o, round_to_pixel(taps[j], bf16), bf16);
+        write_pixels(to, (3 * i + j) * tap + o, n, round_to_pixels(line[j], bf16), bf16);
     }
   }
 }
 
 static void transform_sums(void *argument, long c) {
   ParameterGradient *f = argument;
-  FOR_DTYPE_OF(&f->plan, transform_sums_of, f, c);
+  FOR_KIND_OF(&f->plan, transform_sums_of, f, c);
 }
 
 /* The bias's gradient: the output's gradient, summed over all pixels. */
 static void sum_bias(const ParameterGradient *f) {
-  for (long o = 0; o < f->plan.O; o++) {
-    float sum = 0;
-    for (long piece = 0; piece < f->pieces; piece++)
-      sum += f->sums[piece * f->piece_size + 16 * f->product_size + o];
-    write_pixel(f->of_bias, o, round_to_pixel(sum, f->plan.bf16), f->plan.bf16);
+  int bf16 = f->plan.bf16;
+  for (long o = 0; o < f->plan.O; o += LANES) {
+    vec sum = sum_of_pieces(f, f->sums + f->plan.elements * f->product_size + o);
+    write_pixels(f->of_bias, o, min(f->plan.O - o, LANES), round_to_pixels(sum, bf16), bf16);
   }
 }
 
@@ -368,8 +367,7 @@ static void plan_convolution(Forward *f, const XLA_FFI_Buffer *images, long C, l
   Plan *plan = &f->plan;
   f->depth = takes_pairs(images) ? (C + 1) / 2 : C;
   /* With few input channels a chunk of that size would be all tiles, and leave no other tasks. */
-  long elements = 16 * max(f->depth, 32);
-  make_plan(plan, images, C, O, f->output.maxima != NULL, elements, zeros);
+  make_plan(plan, images, C, O, f->output.maxima != NULL, max(f->depth, 32), zeros);
   f->groups = min(plan->O_up / COLUMNS, (threads + plan->chunks - 1) / plan->chunks);
   f->v_step = plan->chunk * f->depth + ROWS + 16;
   f->m_step = STRIP * WIDTH * COLUMNS + 16;
@@ -393,7 +391,7 @@ static XLA_FFI_Error *convolve(const XLA_FFI_CallFrame *frame, Forward *f,
   float *zeros = borrow(max(C, O), &zeros_size);
   plan_convolution(f, images, C, O, num_threads(frame), zeros);
   int shared = f->plan.chunks > 1;
-  f->u = shared ? borrow(16 * f->u_step, &u_size) : NULL;
+  f->u = shared ? borrow(f->plan.elements * f->u_step, &u_size) : NULL;
   if (zeros && (f->u || !shared)) {
     memset(zeros, 0, max(C, O) * sizeof(float));
     if (shared) parallel_for(frame, f->plan.O_up / COLUMNS, transform_kernel, f);
@@ -449,8 +447,8 @@ static void plan_sums(ParameterGradient *f, const XLA_FFI_Buffer *images, long C
   Plan *plan = &f->plan;
   int tiles_in_row = takes_pairs(images) ? 2 : 1;
   make_plan(plan, images, C, O, f->gate.maxima != NULL,
-            16 * (C + round_up(O, COLUMNS)) / tiles_in_row, zeros);
-  /* The extra 16 elements keep rows, and the 16 streams, from falling into the same sets of the
+            (C + round_up(O, COLUMNS)) / tiles_in_row, zeros);
+  /* The 16 floats more keep rows, and the streams, from falling into the same sets of the
      cache. */
   f->v_row = round_up(C, 16) + 16;
   f->m_row = plan->O_up + 16;
@@ -460,7 +458,7 @@ static void plan_sums(ParameterGradient *f, const XLA_FFI_Buffer *images, long C
   f->C_up = round_up(C, ROWS);
   f->pieces = min(threads, plan->chunks);
   f->product_size = f->C_up * plan->O_up + 16;
-  f->piece_size = 16 * f->product_size + plan->O_up;
+  f->piece_size = plan->elements * f->product_size + plan->O_up;
 }
 
 /* The gradients of kernel and bias: (images [B, H, W, C], gradient [B, h, w, O], gate [B, h, w, O])

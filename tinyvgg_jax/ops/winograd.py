@@ -42,7 +42,6 @@ _TARGETS = (
 _FLAGS = (
     "-std=gnu11",
     "-O3",
-    "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-shared",
