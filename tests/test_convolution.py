@@ -112,6 +112,22 @@ def test_no_images_give_no_outputs(formulation: str) -> None:
     assert_as_xla((0, 4, 4, 2, 3, 3, 3), "float32", 0)
 
 
+@pytest.mark.parametrize("function", [convolution_relu, convolution_relu_pool])
+def test_where_the_images_are_black_the_output_is_the_bias(
+    function: Function, formulation: str
+) -> None:
+    # A garment on black. With rounding errors from the pixels nearby, ReLU would let some of them
+    # through where the bias is zero, as it is at first, and the bias would receive a gradient.
+    arguments, _ = draw((8, 16, 16, 1, 8, 3, 3), "float32")
+    images = jnp.zeros_like(arguments[0]).at[:, 4:10, 5:11].set(arguments[0][:, 4:10, 5:11])
+    output = function(images, arguments[1], jnp.zeros(8))
+    side = 16 // output.shape[1]
+    black = jnp.ones((16, 16), bool).at[3:11, 4:12].set(False)
+    black = black.reshape(16 // side, side, 16 // side, side).all(axis=(1, 3))
+    assert (output[:, black] == 0).all()
+    assert (output[:, ~black] > 0).any()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_not_a_number_stays_none(dtype: str, formulation: str) -> None:
     (images, kernel, bias), _ = draw((1, 6, 6, 2, 3, 3, 3), dtype)

@@ -24,30 +24,34 @@ static int takes_pairs(const XLA_FFI_Buffer *images) {
   return HAS_PAIRS && images->dtype == XLA_FFI_DataType_BF16;
 }
 
-/* The size of tiles for B images of H x W pixels that takes the least time, in multiplications for a
-   channel in and out. Transforming the kernel takes about as long as multiplying it with 16 tiles.
-   Pairs take 2, because they are rounded to bfloat16, and the transformations of larger tiles would
+/* The size of tiles that takes fewer multiplications, for images of H x W pixels.
+
+   The forward pass always takes 2. There an output pixel is computed from its own 3x3 input pixels
+   only, so that where these are black it is exactly its bias. A pixel of a larger tile depends on
+   others, too, by rounding, and where the bias is zero the ReLU would let noise through. Gradients
+   are compared with nothing.
+
+   Pairs take 2 as well. They are rounded to bfloat16, and the transformations of larger tiles would
    make an error of that size several times larger. */
-static int tile_size(long B, long H, long W, int pairs) {
-  long by_2 = 16 * (B * ((H + 1) / 2) * ((W + 1) / 2) + 16);
-  long by_4 = 36 * (B * ((H + 3) / 4) * ((W + 3) / 4) + 16);
-  return by_4 < by_2 && !pairs ? 4 : 2;
+static int tile_size(long H, long W, int gradient, int pairs) {
+  long by_2 = 16 * ((H + 1) / 2) * ((W + 1) / 2), by_4 = 36 * ((H + 3) / 4) * ((W + 3) / 4);
+  return gradient && !pairs && by_4 < by_2 ? 4 : 2;
 }
 
-/* Plans a convolution of images [B, H, W, any] from C to O channels. Each of a tile's elements takes
-   `channels` elements of the buffers. `only_squares` leaves out an odd last row or column, which
-   belongs to no square of the pooling. */
-static void make_plan(Plan *plan, const XLA_FFI_Buffer *images, long C, long O, int only_squares,
-                      long channels, const float *zeros) {
+/* Plans a convolution of images [B, H, W, any] from C to O channels, or its gradient. Each of a tile's
+   elements takes `channels` elements of the buffers. `only_squares` leaves out an odd last row or
+   column, which belongs to no square of the pooling. */
+static void make_plan(Plan *plan, const XLA_FFI_Buffer *images, long C, long O, int gradient,
+                      int only_squares, long channels, const float *zeros) {
   plan->B = images->dims[0], plan->H = images->dims[1], plan->W = images->dims[2];
   plan->C = C;
   plan->O = O;
   plan->O_up = round_up(O, COLUMNS);
   plan->bf16 = images->dtype == XLA_FFI_DataType_BF16;
   plan->pairs = takes_pairs(images);
-  plan->size = tile_size(plan->B, plan->H, plan->W, plan->pairs);
-  plan->elements = (plan->size + 2) * (plan->size + 2);
   long H = only_squares ? plan->H / 2 * 2 : plan->H, W = only_squares ? plan->W / 2 * 2 : plan->W;
+  plan->size = tile_size(H, W, gradient, plan->pairs);
+  plan->elements = (plan->size + 2) * (plan->size + 2);
   plan->tiles_h = (H + plan->size - 1) / plan->size;
   plan->tiles_w = (W + plan->size - 1) / plan->size;
   plan->tiles = plan->B * plan->tiles_h * plan->tiles_w;
@@ -236,27 +240,24 @@ static void transform_gradient(const Plan *plan, const void *gradient, Gate gate
   }
 }
 
-/* The maximum of the four pixels of a square whose first is s[0] and whose rows lie `row` apart, and
-   in `mask` the bits of the pixels that have it. */
-static INLINE vec maximum_of(const vec *s, int row, int_vec *mask) {
-  const vec square[4] = {s[0], s[1], s[row], s[row + 1]};
-  vec most = square[0];
+/* The maximum of the four pixels of a pooling square, and in `mask` the bits of the pixels that have
+   it. */
+static INLINE vec maximum_of(const vec *s, int_vec *mask) {
+  vec most = s[0];
   /* The comparisons, here and below, are written in the directions that let a NaN through. */
 #pragma GCC unroll 3
-  for (int i = 1; i < 4; i++)
-    most = choose((square[i] > most) | (square[i] != square[i]), square[i], most);
-  *mask = ((square[0] == most) & 1) | ((square[1] == most) & 2) | ((square[2] == most) & 4) |
-          ((square[3] == most) & 8);
+  for (int i = 1; i < 4; i++) most = choose((s[i] > most) | (s[i] != s[i]), s[i], most);
+  *mask = ((s[0] == most) & 1) | ((s[1] == most) & 2) | ((s[2] == most) & 4) | ((s[3] == most) & 8);
   return most;
 }
 
 /* s = A' m A + bias, the tile's output pixels, for each of O channels. Writes max(s, least) for each
-   pixel: a ReLU if `least` is 0, and s itself if it is -INFINITY. With `maxima`, writes only the
-   largest of each square, and sets the bits of the pixels that have it; none if it is not above
-   `least`, because then ReLU lets no gradient through. */
+   pixel: a ReLU if `least` is 0, and s itself if it is -INFINITY. With `maxima`, which needs tiles of
+   2x2, writes only the largest of the four, and sets the bits of the pixels that have it; none if it
+   is not above `least`, because then ReLU lets no gradient through. */
 static INLINE void transform_back(long O, const float *m, long step, const void *bias, float least,
-                                  void **y, uint8_t **maxima, int size, int bf16) {
-  const int side = size + 2, squares = size / 2;
+                                  void **y, uint8_t *maxima, int size, int bf16) {
+  const int side = size + 2;
   const vec bound = (vec){0} + least;
   for (long o = 0; o < O; o += LANES) {
     long n = min(O - o, LANES);
@@ -272,13 +273,10 @@ static INLINE void transform_back(long O, const float *m, long step, const void 
 #pragma GCC unroll 16
     for (int i = 0; i < size * size; i++) s[i] = round_to_pixels(s[i] + b, bf16);
     if (maxima) {
-#pragma GCC unroll 4
-      for (int k = 0; k < squares * squares; k++) {
-        int_vec mask;
-        vec most = maximum_of(s + k / squares * 2 * size + k % squares * 2, size, &mask);
-        write_pixels(y[k], o, n, choose(most < bound, bound, most), bf16);
-        write_bytes(maxima[k] + o, n, __builtin_convertvector(mask & (most > bound), byte_vec));
-      }
+      int_vec mask;
+      vec most = maximum_of(s, &mask);
+      write_pixels(y[0], o, n, choose(most < bound, bound, most), bf16);
+      write_bytes(maxima + o, n, __builtin_convertvector(mask & (most > bound), byte_vec));
     } else {
 #pragma GCC unroll 16
       for (int i = 0; i < size * size; i++)
@@ -295,24 +293,27 @@ typedef struct {
   uint8_t *maxima; /* of the pooling; NULL if none follows */
 } Output;
 
-/* Writes a tile's output for the n channels from `from` on, or the maxima of its squares if pooling
-   follows. What lies outside of the image is written to `nowhere`. */
+/* Writes a tile's output for the n channels from `from` on, or its maximum if pooling follows. Pixels
+   outside of the image are written to `nowhere`. */
 static void transform_output(const Plan *plan, const float *m, long step, const Output *output,
                              long tile, long from, long n, void *nowhere) {
-  long places[MOST_PIXELS];
-  void *y[MOST_PIXELS];
-  uint8_t *maxima[MOST_PIXELS];
-  int pooled = output->maxima != NULL, side = pooled ? plan->size / 2 : plan->size;
-  find(plan, pooled, tile, 0, side, places);
-  for (int i = 0; i < side * side; i++) {
-    long at = places[i] * plan->O + from;
-    int inside = places[i] != OUTSIDE;
-    y[i] = inside ? (void *)pixel(plan, output->y, at) : nowhere;
-    maxima[i] = inside && pooled ? output->maxima + at : nowhere;
-  }
   const void *bias = pixel(plan, output->bias, from);
-  if (pooled)
-    FOR_KIND_OF(plan, transform_back, n, m, step, bias, output->least, y, maxima);
-  else
-    FOR_KIND_OF(plan, transform_back, n, m, step, bias, output->least, y, NULL);
+  float least = output->least;
+  if (output->maxima) {
+    long at = tile * plan->O + from; /* A tile is a square. */
+    void *y[1] = {(void *)pixel(plan, output->y, at)};
+    if (plan->bf16)
+      transform_back(n, m, step, bias, least, y, output->maxima + at, 2, 1);
+    else
+      transform_back(n, m, step, bias, least, y, output->maxima + at, 2, 0);
+  } else {
+    long places[MOST_PIXELS];
+    void *y[MOST_PIXELS];
+    find(plan, 0, tile, 0, plan->size, places);
+    for (int i = 0; i < plan->size * plan->size; i++) {
+      long at = places[i] * plan->O + from;
+      y[i] = places[i] == OUTSIDE ? nowhere : (void *)pixel(plan, output->y, at);
+    }
+    FOR_KIND_OF(plan, transform_back, n, m, step, bias, least, y, NULL);
+  }
 }

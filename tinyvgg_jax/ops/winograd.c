@@ -1,8 +1,8 @@
 /* SAME 3x3 convolutions on a CPU by Winograd's F(2x2, 3x3) and F(4x4, 3x3), as XLA custom calls.
    README.md beside this file derives the formulas; Lavin & Gray (arXiv:1509.09308) introduced them.
 
-   A tile is a square of n x n output pixels, n being 2 or 4, with the (n + 2)^2 input pixels that
-   they depend on. With d the input of a tile in one channel and g the 3x3 kernel of that channel,
+   A tile is a square of n x n output pixels, with the (n + 2)^2 input pixels that they depend on; n
+   is 2, or in gradients 4 (tiles.h says why). With d the input of a tile in one channel and g the 3x3 kernel of that channel,
 
      output = A' [(G g G') * (B' d B)] A,    ' the transpose, * the product element by element.
 
@@ -367,7 +367,8 @@ static void plan_convolution(Forward *f, const XLA_FFI_Buffer *images, long C, l
   Plan *plan = &f->plan;
   f->depth = takes_pairs(images) ? (C + 1) / 2 : C;
   /* With few input channels a chunk of that size would be all tiles, and leave no other tasks. */
-  make_plan(plan, images, C, O, f->output.maxima != NULL, max(f->depth, 32), zeros);
+  int gradient = f->gate.outputs || f->gate.maxima, only_squares = f->output.maxima != NULL;
+  make_plan(plan, images, C, O, gradient, only_squares, max(f->depth, 32), zeros);
   f->groups = min(plan->O_up / COLUMNS, (threads + plan->chunks - 1) / plan->chunks);
   f->v_step = plan->chunk * f->depth + ROWS + 16;
   f->m_step = STRIP * WIDTH * COLUMNS + 16;
@@ -446,7 +447,7 @@ static void plan_sums(ParameterGradient *f, const XLA_FFI_Buffer *images, long C
                       long threads, const float *zeros) {
   Plan *plan = &f->plan;
   int tiles_in_row = takes_pairs(images) ? 2 : 1;
-  make_plan(plan, images, C, O, f->gate.maxima != NULL,
+  make_plan(plan, images, C, O, 1, f->gate.maxima != NULL,
             (C + round_up(O, COLUMNS)) / tiles_in_row, zeros);
   /* The 16 floats more keep rows, and the streams, from falling into the same sets of the
      cache. */
