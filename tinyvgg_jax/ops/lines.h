@@ -87,3 +87,9 @@ static INLINE void line_from_sums(const vec *s, vec *g, int step, int size) {
   g[step] = odd + odd_far;
   g[2 * step] = NEAR_2 * even + FAR_2 * even_far + s[5];
 }
+
+/* Writes the elements of one row of a transformed tile, which lie `step` floats apart. */
+static INLINE void write_elements(float *to, long step, const vec *line, int side) {
+#pragma GCC unroll 6
+  for (int j = 0; j < side; j++) *(vec *)(to + j * step) = line[j];
+}

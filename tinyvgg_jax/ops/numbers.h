@@ -52,9 +52,10 @@ static long max(long a, long b) { return a > b ? a : b; }
 static long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 /* ---- Pixels, n at a time: LANES of them, or the fewer that are left of the channels; the rest of a
-   vector is zero then. Reading and writing fewer is rare, so it is not inlined. `bf16`, here and
-   below, says that pixels are bfloat16; it is a constant wherever these functions are inlined. */
+   vector is zero then. `bf16`, here and below, says that they are bfloat16; it is a constant wherever
+   these functions are inlined. */
 
+/* Reading and writing fewer is rare. Not inlined, it takes little time to compile. */
 #define RARE __attribute__((noinline))
 
 static RARE byte_vec read_some_bytes(const uint8_t *from, long n) {

@@ -1,4 +1,4 @@
-/* Matrix products of small blocks, which winograd.c takes one of for each element of a tile. Elements
+/* The matrix product, block by block. winograd.c takes one for each element of a tile. Its numbers
    are floats, or pairs of bfloat16 numbers (numbers.h); `pairs` says which. */
 
 /* c[r][n] = sum over d of a[r][d] b[d][n], or += with `add`, for ROWS x COLUMNS elements. */

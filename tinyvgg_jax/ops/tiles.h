@@ -161,8 +161,7 @@ static INLINE void transform_pixels(long C, const void **d, const void **outputs
 #pragma GCC unroll 6
     for (int i = 0; i < side; i++) {
       line_to_v(t + i * side, line, 1, size);
-#pragma GCC unroll 6
-      for (int j = 0; j < side; j++) *(vec *)(v + (i * side + j) * step + c) = line[j];
+      write_elements(v + i * side * step + c, step, line, side);
     }
   }
 }
@@ -214,8 +213,7 @@ static INLINE void transform_output_gradient(long O, const void **g, const void 
 #pragma GCC unroll 6
     for (int i = 0; i < side; i++) {
       line_to_m(t + i * size, line, 1, size);
-#pragma GCC unroll 6
-      for (int j = 0; j < side; j++) *(vec *)(m + (i * side + j) * step + o) = line[j];
+      write_elements(m + i * side * step + o, step, line, side);
     }
     *(vec *)(sum + o) += total;
   }

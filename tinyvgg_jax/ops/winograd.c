@@ -89,8 +89,7 @@ static INLINE void transform_taps(const void *g, long tap, long out, long O, flo
 #pragma GCC unroll 6
     for (int i = 0; i < side; i++) {
       line_to_u(t + 3 * i, line, 1, size);
-#pragma GCC unroll 6
-      for (int j = 0; j < side; j++) *(vec *)(u + (i * side + j) * step + o) = line[j];
+      write_elements(u + i * side * step + o, step, line, side);
     }
   }
 }
@@ -126,7 +125,7 @@ static void transform_kernel(void *argument, long panel) {
 /* v = B' d B for n tiles: [n, depth] for each of a tile's elements. `scratch` is needed for pairs. */
 static void transform_tiles(const Forward *f, long first, long n, float *v, float *scratch) {
   long C = f->plan.C, step = round_up(C, 32);
-  if (f->plan.pairs) memset(scratch, 0, 16 * step * sizeof(float));
+  if (f->plan.pairs) memset(scratch, 0, f->plan.elements * step * sizeof(float));
   for (long t = 0; t < n; t++, v += f->depth)
     if (f->plan.pairs) {
       transform_input(&f->plan, f->x, f->gate, first + t, scratch, step);
@@ -164,7 +163,8 @@ static void convolve_chunk(void *argument, long index) {
   /* With one chunk no other task needs the transformed panels, so only one at a time is kept. */
   long u_step = f->u ? f->u_step : f->depth * COLUMNS + 16;
   long v_size = plan->elements * f->v_step, m_size = plan->elements * f->m_step;
-  long one_size = f->u ? 0 : plan->elements * u_step, scratch_size = 16 * round_up(plan->C, 32);
+  long one_size = f->u ? 0 : plan->elements * u_step;
+  long scratch_size = plan->pairs ? plan->elements * round_up(plan->C, 32) : 0;
   size_t size;
   float *v = borrow(v_size + m_size + scratch_size + one_size + WIDTH * COLUMNS, &size);
   if (!v) {
@@ -226,9 +226,10 @@ static void transform_floats(const ParameterGradient *f, long first, long n, flo
 /* The same in pairs of tiles; without a second tile, the last pair's other half is zero. */
 static void transform_pairs(const ParameterGradient *f, long first, long n, float *v, float *m,
                             float *sum, float *scratch) {
-  long v_step = round_up(f->plan.C, 16), m_step = f->plan.O_up, half = 16 * (v_step + m_step);
+  long v_step = round_up(f->plan.C, 16), m_step = f->plan.O_up, elements = f->plan.elements;
+  long half = elements * (v_step + m_step);
   float *to_v[2] = {scratch, scratch + half};
-  float *to_m[2] = {scratch + 16 * v_step, scratch + half + 16 * v_step};
+  float *to_m[2] = {scratch + elements * v_step, scratch + half + elements * v_step};
   memset(scratch, 0, 2 * half * sizeof(float));
   for (long t = 0; t < n; t += 2, v += f->v_row, m += f->m_row) {
     if (t + 1 == n) memset(scratch + half, 0, half * sizeof(float));
@@ -256,9 +257,9 @@ static INLINE void multiply_transformed(const ParameterGradient *f, long n, cons
 static void sum_piece(void *argument, long index) {
   ParameterGradient *f = argument;
   Plan *plan = &f->plan;
-  long O_up = plan->O_up, scratch_size = plan->pairs ? 32 * (round_up(plan->C, 16) + O_up) : 0;
+  long O_up = plan->O_up, elements = plan->elements;
+  long scratch_size = plan->pairs ? 2 * elements * (round_up(plan->C, 16) + O_up) : 0;
   size_t size;
-  int elements = plan->elements;
   float *v = borrow(elements * (f->v_step + f->m_step) + O_up + scratch_size, &size);
   if (!v) {
     atomic_store(&plan->failed, 1);
