@@ -469,6 +469,19 @@ def test_the_camera_and_a_drawing_are_classified_live(
     assert page.is_hidden("#pad")
 
 
+def test_a_tap_on_the_pad_draws_a_disc(
+    opened: Callable[..., Any], trained_page: tuple[Path, Predictor]
+) -> None:
+    page = opened(trained_page[0])
+    page.click("#draw")
+    page.click("#pad")
+    page.wait_for_selector('#about:text("A drawing")')
+    code = """pad => pad.getContext("2d").getImageData(0, 0, pad.width, pad.height).data
+      .filter((value, i) => i % 4 === 0 && value > 127).length"""
+    # As wide as a line: the area of a disc with a diameter of 22 pixels.
+    assert page.eval_on_selector("#pad", code) == pytest.approx(np.pi * 11**2, rel=0.05)
+
+
 def focused(page: Any) -> str:
     """Returns the label of the element with the keyboard's focus."""
     code = "document.activeElement.getAttribute('aria-label') || document.activeElement.id"

@@ -3,6 +3,9 @@
 import { drawImage, element, isolated } from "./drawing.js";
 import { PictureError, preparePicture, readPicture } from "./pictures.js";
 
+// The width of a line on the pad, in the pad's pixels.
+const PEN = 22;
+
 /**
  * Connects the inputs of the page.
  *
@@ -209,14 +212,26 @@ function connectPad(pad, clear, onDrawn) {
     context.fillRect(0, 0, pad.width, pad.height);
   };
   wipe();
-  Object.assign(context, { strokeStyle: "#fff", lineWidth: 22, lineCap: "round", lineJoin: "round" });
+  Object.assign(
+    context, { strokeStyle: "#fff", lineWidth: PEN, lineCap: "round", lineJoin: "round" });
   let last = null;
   const place = (event) => {
     const box = pad.getBoundingClientRect();
     return [((event.clientX - box.left) * pad.width) / box.width,
       ((event.clientY - box.top) * pad.height) / box.height];
   };
-  const line = (event) => {
+  pad.addEventListener("pointerdown", (event) => {
+    pad.setPointerCapture(event.pointerId);
+    last = place(event);
+    // A tap leaves a disc: not every browser draws a line that has no length.
+    context.fillStyle = "#fff";
+    context.beginPath();
+    context.arc(...last, PEN / 2, 0, 2 * Math.PI);
+    context.fill();
+    onDrawn();
+  });
+  pad.addEventListener("pointermove", (event) => {
+    if (!last) return;
     const next = place(event);
     context.beginPath();
     context.moveTo(...last);
@@ -224,13 +239,7 @@ function connectPad(pad, clear, onDrawn) {
     context.stroke();
     last = next;
     onDrawn();
-  };
-  pad.addEventListener("pointerdown", (event) => {
-    pad.setPointerCapture(event.pointerId);
-    last = place(event);
-    line(event);
   });
-  pad.addEventListener("pointermove", (event) => { if (last) line(event); });
   for (const end of ["pointerup", "pointercancel"]) pad.addEventListener(end, () => { last = null; });
   clear.addEventListener("click", () => {
     wipe();
