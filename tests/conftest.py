@@ -19,6 +19,12 @@ from tinyvgg_jax.data import DatasetInfo, Split, load_splits, prepare
 from tinyvgg_jax.runs.files import read_json
 
 ROOT = Path(__file__).parent.parent
+
+# Most of the time goes into compiling, and little into running what is compiled. Here and in child
+# processes, XLA's programs are the same, but LLVM does not optimise them, unless a level is given.
+if "xla_backend_optimization_level" not in (flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+
 CLASSES = ("top", "upper", "middle", "lower", "bottom")
 TRAIN_SIZE, TEST_SIZE = 330, 70
 
