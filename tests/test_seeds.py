@@ -121,24 +121,21 @@ def signal_myself() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("calls", [3, 8])
 def test_interrupted_together_they_go_on_together(
-    modern: ConfigDict,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    at_once: None,
-    calls: int,
+    modern: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: None
 ) -> None:
     """The signal comes within the first epoch or at its end; the results are equal bit for bit."""
     train_and_evaluate(modern, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        _StopAfter(calls, patch)
-        with pytest.raises(InterruptedRunError, match=r"everything is saved in .*cut"):
-            train_and_evaluate(modern, tmp_path / "cut")
-    train_and_evaluate(modern, tmp_path / "cut")
-    for seed in (5, 6):
-        whole, cut = (tmp_path / name / f"seed_{seed}" for name in ("whole", "cut"))
-        jax.tree.map(np.testing.assert_array_equal, params_of(cut), params_of(whole))
+    for calls in (3, 8):
+        cut = tmp_path / f"cut {calls}"
+        with monkeypatch.context() as patch:
+            _StopAfter(calls, patch)
+            with pytest.raises(InterruptedRunError, match=rf"everything is saved in .*cut {calls}"):
+                train_and_evaluate(modern, cut)
+        train_and_evaluate(modern, cut)
+        for seed in (5, 6):
+            whole, resumed = (path / f"seed_{seed}" for path in (tmp_path / "whole", cut))
+            jax.tree.map(np.testing.assert_array_equal, params_of(resumed), params_of(whole))
 
 
 def test_every_line_about_a_seed_names_it(

@@ -13,7 +13,7 @@ from tinyvgg_jax.data import Batch
 from tinyvgg_jax.keys import named_key
 from tinyvgg_jax.model import apply
 from tinyvgg_jax.optimizer import learning_rate_schedule, make_optimizer
-from tinyvgg_jax.step import StepSums, TrainState, init_state, make_train_step
+from tinyvgg_jax.step import StepSums, TrainState, init_state, make_train_step, update_average
 
 SMALL = TinyVGG(widths=(4, 8), convs_per_block=1, hidden=8, num_classes=5)
 
@@ -139,6 +139,14 @@ def test_the_average_of_the_parameters_follows_them() -> None:
     expected = jax.tree.map(lambda o, n: 0.9 * o + 0.1 * n, before.params, after.params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.average, expected)
     assert first_step()[1].evaluated is not None and first_step()[1].average is None
+
+
+def test_the_average_of_what_stays_the_same_stays_the_same() -> None:
+    """As that of a frozen layer must, to the last bit, wherever it is computed."""
+    frozen = jax.random.normal(jax.random.key(0), (10_000,))
+    for decay, step in ((0.9, 1), (0.9, 10**6), (0.998, 700), (0.998, 10**6)):
+        average = jax.jit(update_average)(frozen, frozen, jnp.int32(step), decay)
+        np.testing.assert_array_equal(average, frozen)
 
 
 def test_dropout_is_another_at_each_step_and_only_in_training() -> None:

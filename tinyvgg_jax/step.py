@@ -182,10 +182,12 @@ def update_average(average: Any, params: Any, step: Array, ema_decay: float) -> 
     """Updates the exponential moving average of the parameters after step t, counted from 1:
 
         decay <- min(ema_decay, (1 + t) / (10 + t))
-        average <- decay * average + (1 - decay) * params
+        average <- average + (1 - decay) * (params - average)
 
     The second bound lets early averages forget the initial parameters sooner. With `ema_decay` =
-    0.999 it is the smaller one for about the first 9,000 steps.
+    0.999 it is the smaller one for about the first 9,000 steps. Written with the difference, the
+    average of a frozen layer stays what it is, where `decay * average + (1 - decay) * params` may
+    be off by a rounding error.
 
     Args:
         average: tree of float32 arrays.
@@ -195,7 +197,7 @@ def update_average(average: Any, params: Any, step: Array, ema_decay: float) -> 
     """
     # Without float32, the average would be float64 where JAX_ENABLE_X64 is set.
     decay = jnp.minimum(ema_decay, (1 + step) / jnp.float32(10 + step))
-    return optax.incremental_update(params, average, 1 - decay)
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, params)
 
 
 def init_state(
