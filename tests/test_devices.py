@@ -190,8 +190,8 @@ def test_seeds_are_spread_over_the_devices(fields: dict[str, Any], tmp_path: Pat
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, theirs
         )
-    losses = [found["seeds"]["train_loss"]["values"] for found in (on_four_devices, in_turn)]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    ours, theirs = (found["seeds"]["train_loss"]["values"] for found in (on_four_devices, in_turn))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 # From one number of devices to another
