@@ -23,5 +23,4 @@ def get_config() -> ConfigDict:
     config.ema_decay = 0.99
     config.model.dropout = 0.0
     config.augment.erasing = 0.0
-    config.augment.shift_pixels = 1
     return config

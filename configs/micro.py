@@ -1,7 +1,9 @@
 """A network for a microcontroller: in int8 it fits into 150 kB of flash and 48 KiB of memory.
 
-python -m tinyvgg_jax.main --config micro
-python -m tinyvgg_jax.main --mode export --workdir runs/micro --format litert --int8
+    python -m tinyvgg_jax.main --config micro
+    python -m tinyvgg_jax.main --mode export --workdir runs/micro --format litert --int8
+
+That is without the code of TensorFlow Lite Micro, which runs it.
 """
 
 from ml_collections import ConfigDict

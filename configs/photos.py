@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
     # Shoes are seldom level in pictures, and garments seldom equally large.
     config.augment.rotation_degrees = 30.0
     config.augment.scale = 0.1
-    config.augment.shift_pixels = 1
     config.augment.erasing = 0.0
     # Drawings have light outlines on dark cloth, or flat cloth of any tone.
     config.augment.inverted = 0.3

@@ -1,5 +1,8 @@
 """The names of the package, imported on first use."""
 
+import builtins
+import inspect
+import re
 import sys
 import types
 
@@ -29,3 +32,10 @@ def test_a_dependencys_fault_is_not_taken_for_a_missing_name(
     monkeypatch.delitem(sys.modules, "tinyvgg_jax.model", raising=False)
     with pytest.raises(ImportError, match=r"tinyvgg_jax.model cannot be imported: .*'flax'"):
         from tinyvgg_jax import TinyVGG  # noqa: F401
+
+
+def test_every_exception_that_a_public_docstring_names_is_public() -> None:
+    for name in tinyvgg_jax.__all__:
+        _, _, raises = (inspect.getdoc(getattr(tinyvgg_jax, name)) or "").partition("Raises:\n")
+        for error in re.findall(r"^ {4}(\w+):", raises, re.MULTILINE):
+            assert hasattr(builtins, error) or error in tinyvgg_jax.__all__, (name, error)

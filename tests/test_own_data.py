@@ -207,7 +207,7 @@ def test_folders_that_are_not_right_are_refused(tmp_path: Path) -> None:
         assert not list((tmp_path / "tfds").iterdir()), name
     good = make_folder(tmp_path / "good", 3)
     for name in ("Own", "own-1", "1own", "é", "../x", "x" * 300):
-        with pytest.raises(UserError, match="small letters"):
+        with pytest.raises(UserError, match="a small letter and then"):
             load(good, tmp_path / "tfds", name)
     with pytest.raises(UserError, match=r"give it a name of its own: --config\.data\.name=NAME"):
         load(good, tmp_path / "tfds", "fashion_mnist")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tinyvgg_jax.errors import DivergedError as DivergedError
     from tinyvgg_jax.errors import InterruptedRunError as InterruptedRunError
+    from tinyvgg_jax.errors import LostProcessError as LostProcessError
     from tinyvgg_jax.errors import UserError as UserError
     from tinyvgg_jax.model import TinyVGG as TinyVGG
     from tinyvgg_jax.predict import Predictions as Predictions
@@ -23,6 +24,7 @@ _HOME = {
     "TinyVGG": "tinyvgg_jax.model",
     "DivergedError": "tinyvgg_jax.errors",
     "InterruptedRunError": "tinyvgg_jax.errors",
+    "LostProcessError": "tinyvgg_jax.errors",
     "UserError": "tinyvgg_jax.errors",
     "Predictions": "tinyvgg_jax.predict",
     "Predictor": "tinyvgg_jax.predict",
@@ -33,6 +35,7 @@ _HOME = {
 __all__ = [
     "DivergedError",
     "InterruptedRunError",
+    "LostProcessError",
     "Predictions",
     "Predictor",
     "TinyVGG",

@@ -33,12 +33,13 @@ def rotate(images: Array, degrees: Array) -> Array:
 def transform(
     images: Array, degrees: Array, scale: Array | None = None, shear: Array | None = None
 ) -> Array:
-    """Shears, scales and rotates each image about its centre, with bilinear interpolation.
+    """Scales, shears and rotates each image about its centre, with bilinear interpolation.
 
     An output pixel at (y, x) from the centre comes from
 
-        (y', x') = R^-1 (y, x), where R rotates by `degrees`
-        (y / h, (x - tan(shear) * y) / w), with these, h and w being the factors of the size
+        (y' / h, (x' - tan(shear) * y') / w), where (y', x') = R^-1 (y, x)
+
+    with R the rotation by `degrees`, and h and w the factors of height and width.
 
     Pixels that come from outside the image are black.
 
@@ -309,7 +310,7 @@ def _erased(draws: Draws, erasing: float, shape: tuple[int, ...]) -> tuple[Array
     """Draws the rectangles of random erasing, and noise for them (Zhong et al., arXiv:1708.04896).
 
     An area is uniform in [0.02, 0.4] of the image's, the logarithm of height / width in
-    [log(0.3), log(1 / 0.3)], both as in the paper; a side longer than the image is cut.
+    [log(0.3), log(1 / 0.3)], ranges as in the paper; a side longer than the image is cut.
     """
     _, H, W, _ = shape
     area = draws.uniform("erased area", 0.02, 0.4) * H * W

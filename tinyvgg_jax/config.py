@@ -140,7 +140,6 @@ FIELDS: dict[str, Field] = {
     "init_from": Field(
         (str, type(None)),
         "WORKDIR or WORKDIR:STEP of a run to start from",
-        (Check(lambda value: value != "", "the folder of a run, or left out"),),
         value_before=None,
     ),
     "freeze": Field(

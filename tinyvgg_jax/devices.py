@@ -1,8 +1,9 @@
 """Devices that share each batch of a run: their mesh, and the part that each of them holds.
 
 A run is data parallel. The state is replicated, which means that every device holds all of it, and
-a batch is split, so that each device computes the gradients of its own examples. Their sum is the
-only thing that devices exchange in a step.
+a batch is split, so that each device computes the gradients of its own examples. In a step devices
+exchange the sums of gradients, losses and correct predictions, and nothing else but for mixup,
+which needs the images of the whole batch.
 """
 
 from collections.abc import Callable

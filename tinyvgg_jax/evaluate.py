@@ -114,7 +114,7 @@ def evaluate(
         split: N examples.
         batch_size: number of examples in a call, by default a number that suits the device. It
             affects the result only by the rounding of the loss.
-        on_progress: called with the number of examples that are done, after each batch; on an
+        on_progress: called with the number of examples that are done, as batches end; on an
             accelerator that holds the whole split, which takes one call, only at the end.
         mesh: the devices that share each batch; None for a single one.
 

@@ -193,9 +193,9 @@ def make_optimizer(
         p <- p - r * (sqrt(max(1, outputs / inputs)) * X + d * p)
 
     The iteration (Newton-Schulz) brings all singular values near 1; `muon.py` computes it with less
-    arithmetic. With `nesterov`, `momentum * m + (1 - momentum) * g` takes the place of m in the
-    second line. Biases and the last layer take Adam's steps instead, at a tenth of the learning
-    rate.
+    arithmetic. With `nesterov`, `momentum * m + (1 - momentum) * g`, each term without its own
+    bias, takes the place of m in the second line. Biases and the last layer take Adam's steps
+    instead, or NAdam's with `nesterov`, at a tenth of the learning rate.
 
     Args:
         schedule: from the number of steps taken to the learning rate.

@@ -66,8 +66,8 @@ def train_and_evaluate(
 
     Args:
         config: the fields of `configs/default.py`.
-        workdir: receives `config.json`, `metrics.jsonl`, `checkpoints/`, TensorBoard's events
-            and `summary.json`.
+        workdir: receives `config.json`, `dataset.json`, `metrics.jsonl`, `checkpoints/`,
+            TensorBoard's events and `summary.json`.
 
     Returns:
         The summary: accuracies (fractions) and losses (nats) of the last epoch's parameters on

@@ -118,8 +118,8 @@ def check_name(name: str, source_dir: Path) -> None:
             )
     elif not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name):
         raise UserError(
-            f"config.data.name must be small letters, digits and _ to name a new dataset, not "
-            f"{name!r}."
+            "config.data.name must be a small letter and then at most 99 small letters, digits and "
+            f"_ to name a new dataset, not {name!r}."
         )
 
 
