@@ -17,7 +17,7 @@ from conftest import ROOT
 from tinyvgg_jax import UserError
 from tinyvgg_jax.data import DatasetInfo, Split
 from tinyvgg_jax.export import card as cards
-from tinyvgg_jax.export import layers, loaded, micro, run, verify
+from tinyvgg_jax.export import layers, litert, loaded, micro, run, verify
 from tinyvgg_jax.export.run import FORMATS, export_run, formats_of
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.predict import predict_files
@@ -308,15 +308,32 @@ def test_tensorflow_lite_micro_gives_the_outputs_in_the_header(exported: dict[st
     if "model.int8.tflite" not in exported:
         pytest.skip("litert is not installed here")
     artifact, _ = cards.read_appended(exported["model.int8.tflite"].read_bytes())
-    arena = micro.measure_arena(artifact)
+    test = micro.inspect(artifact, pictures(10, (16, 16, 1))).test
+    arena = micro.measure_arena(artifact, test)
     assert arena is not None and arena < 48 << 10
     assert f"kArenaSize = {arena};" in exported["model_int8.h"].read_text()
     interpreter = runtime.Interpreter.from_bytes(artifact, arena_size=arena)
-    test = micro.inspect(artifact, pictures(10, (16, 16, 1))).test
     for image, expected in zip(test.images, test.outputs, strict=True):
         interpreter.set_input(image[None], 0)
         interpreter.invoke()
         np.testing.assert_array_equal(interpreter.get_output(0)[0], expected)
+
+
+def test_tensorflow_lite_micro_finds_the_weights_of_large_networks() -> None:
+    pytest.importorskip("tflite_micro", reason="tflite-micro has no wheel here")
+    require("litert")
+    images = pictures(10, (8, 8, 1))
+    model = TinyVGG(widths=(64, 64, 64), hidden=2000, num_classes=3)
+    params = model.init(jax.random.key(0), images[:1] / 255)["params"]
+    artifact = litert.quantized(litert.to_litert(model, params, (8, 8, 1)), images)
+    assert len(artifact) > 256 << 10
+    test = micro.inspect(artifact, images).test
+    assert len(np.unique(test.outputs)) > 2
+    # Weights are read where they are, so the arena is for activations alone.
+    arena = micro.measure_arena(artifact, test)
+    assert arena is not None and arena < 64 << 10
+    with pytest.raises(UserError, match="TensorFlow Lite Micro computes other outputs"):
+        micro.measure_arena(artifact, test._replace(outputs=test.outputs[:, ::-1]))
 
 
 def test_names_are_safe_in_c() -> None:

@@ -83,7 +83,19 @@ def quantized(artifact: bytes, images: np.ndarray) -> bytes:
     result = quantizer.Quantizer(artifact, wanted).quantize(
         ranges.get_model_qsvs(), enable_progress_bar=False, enable_progress_report=False
     )
-    return bytes(result.quantized_model)
+    return _in_one_flatbuffer(result.quantized_model)
+
+
+def _in_one_flatbuffer(artifact: bytes | bytearray) -> bytes:
+    """Moves weights that lie behind a file's flatbuffer into it.
+
+    The quantizer puts them there from 256 KiB on. TensorFlow Lite Micro does not look there, says
+    nothing, and computes with zeros.
+    """
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model_from_bytearray(artifact)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def _examples(images: np.ndarray) -> Iterator[dict[str, np.ndarray]]:

@@ -1,5 +1,6 @@
 """Export for microcontrollers: a C++ header and source for TensorFlow Lite Micro."""
 
+import io
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,26 +23,45 @@ _OPERATORS = {
 }
 # Images with their expected outputs, for a test on the board.
 TESTS = 10
-# The interpreter says on standard error what it failed to allocate, and may crash.
-_MEASURE = """
+# The interpreter says on standard error what it failed to allocate, and crashes in some arenas, so
+# each is tried in a process of its own.
+_RUN = """
+import io
+import os
 import sys
 import numpy as np
 from tflite_micro import runtime
 
-model = sys.stdin.buffer.read()
+given = np.load(io.BytesIO(sys.stdin.buffer.read()))
+model, images = given["model"].tobytes(), given["images"]
+
+def outputs(arena):
+    interpreter = runtime.Interpreter.from_bytes(model, arena_size=arena)
+    for image in images:
+        interpreter.set_input(image[None], 0)
+        interpreter.invoke()
+        yield interpreter.get_output(0)[0]
+
+def fits(arena):
+    child = os.fork()
+    if child == 0:
+        try:
+            next(outputs(arena))
+            os._exit(0)
+        except Exception:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
 low, high = 0, 1 << 14  # KiB; the smallest arena is above the one and at most the other.
 while high - low > 1:
     middle = (low + high) // 2
-    try:
-        interpreter = runtime.Interpreter.from_bytes(model, arena_size=middle << 10)
-        shape = interpreter.get_input_details(0)["shape"]
-        interpreter.set_input(np.zeros(shape, np.int8), 0)
-        interpreter.invoke()
-        high = middle
-    except Exception:
-        low = middle
-print(high)
+    low, high = (low, middle) if fits(middle << 10) else (middle, high)
+made = io.BytesIO()
+np.savez(made, arena=high << 10, outputs=list(outputs(high << 10)))
+sys.stdout.buffer.write(made.getvalue())
 """
+# Outputs of optimised kernels differ by this much from those of the reference kernels.
+_TOLERANCE = 1
 
 
 class MicroTest(NamedTuple):
@@ -103,20 +123,35 @@ def inspect(artifact: bytes, images: np.ndarray) -> Graph:
     )
 
 
-def measure_arena(artifact: bytes) -> int | None:
-    """Measures the smallest arena in which TensorFlow Lite Micro runs a network.
+def measure_arena(artifact: bytes, test: MicroTest) -> int | None:
+    """Measures the smallest arena in which TensorFlow Lite Micro runs a network, and what it gives.
 
     Args:
         artifact: as from `litert.quantized`.
+        test: as from `inspect`.
 
     Returns:
         The size in bytes, a multiple of 1,024, on a machine of 64 bits, where it is larger than on
         a microcontroller of 32; None if the package `tflite-micro` is not installed.
+
+    Raises:
+        UserError: if TensorFlow Lite Micro gives other outputs than the test expects.
     """
+    given = io.BytesIO()
+    np.savez(given, model=np.frombuffer(artifact, np.uint8), images=test.images)
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE], input=artifact, capture_output=True, check=False
+        [sys.executable, "-c", _RUN], input=given.getvalue(), capture_output=True, check=False
     )
-    return int(done.stdout) << 10 if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None
+    made = np.load(io.BytesIO(done.stdout))
+    difference = np.abs(made["outputs"].astype(int) - test.outputs).max()
+    if difference > _TOLERANCE:
+        raise UserError(
+            f"TensorFlow Lite Micro computes other outputs than LiteRT, by up to {difference} of "
+            "255, so the files for microcontrollers would not be right."
+        )
+    return int(made["arena"])
 
 
 def to_micro(
@@ -135,7 +170,8 @@ def to_micro(
         The text of the files `NAME.h` and `NAME.cc`.
 
     Raises:
-        UserError: if the network has other operators than the paper's.
+        UserError: if the network has other operators than the paper's, or TensorFlow Lite Micro,
+            where it is installed, gives other outputs than LiteRT.
     """
     graph = inspect(artifact, images)
     others = set(graph.operators) - _OPERATORS.keys()
@@ -144,7 +180,7 @@ def to_micro(
             f"this network needs {', '.join(sorted(others))} in int8, which are not among the "
             f"operators for microcontrollers ({', '.join(_OPERATORS)})."
         )
-    arena = measure_arena(artifact)
+    arena = measure_arena(artifact, graph.test)
     return {
         f"{name}.h": _header(graph, card, arena, len(artifact), name),
         f"{name}.cc": _source(graph, card, artifact, labels, name),
