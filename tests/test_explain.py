@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
 from tinyvgg_jax import Predictor, UserError, load_predictor
 from tinyvgg_jax.model import TinyVGG
-from tinyvgg_jax.report.explain import Explanation, draw, explain, explain_file, grad_cam
+from tinyvgg_jax.report.explain import (
+    Explanation,
+    _draw_prediction,
+    draw,
+    explain,
+    explain_file,
+    grad_cam,
+)
 
 Trained = tuple[Path, dict[str, Any]]
 
@@ -106,3 +114,20 @@ def test_any_names_of_classes_can_be_drawn(names: tuple[str, ...]) -> None:
     bars = figure.subfigs[0].axes[2]
     assert all(len(label.get_text()) <= 20 for label in bars.get_yticklabels())
     assert len(bars.patches) == len(names)
+
+
+def test_grad_cam_is_drawn_where_the_network_looked() -> None:
+    # Of 7 pixels, pooling leaves out the last one: the map's 3 places are of two pixels each.
+    explanation = Explanation(
+        np.zeros((7, 7, 1), np.uint8),
+        np.array([0.6, 0.4], np.float32),
+        [np.zeros((3, 3, 1)), np.zeros((1, 1, 1))],
+        np.full((3, 3), 0.5, np.float32),
+    )
+    subfigure = Figure().subfigures()
+    assert isinstance(subfigure, SubFigure)
+    _draw_prediction(subfigure, explanation, ("a", "b"))
+    _, heat_map, _ = subfigure.axes
+    drawn = heat_map.images[-1]
+    assert tuple(drawn.get_extent()) == (0, 6, 6, 0) and drawn.get_clim() == (0, 1)
+    assert heat_map.get_xlim() == (0, 7) and heat_map.get_ylim() == (7, 0)

@@ -1,5 +1,6 @@
 """Exported networks, in every format, beside the network in JAX."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -187,7 +188,10 @@ def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict
     workdir = tmp_path_factory.mktemp("exported") / "run"
     shutil.copytree(trained[0], workdir)
     files, table, module = export_run(workdir, formats_of("all", False))
-    assert len(table.splitlines()) == len(files) + 4 and "nn.Conv2d(1, 4, 3, padding=1)" in module
+    assert len(table.splitlines()) == len(files) + 5 and "nn.Conv2d(1, 4, 3, padding=1)" in module
+    (said,) = [line for line in table.splitlines() if "not run in PyTorch or a browser" in line]
+    assert "page" in said
+    assert (": torch, " in said) == (importlib.util.find_spec("torch") is None)
     quantized, *_ = export_run(workdir, formats_of("all", True), int8=True)
     return {path.name: path for path in [*files, *quantized]}
 
@@ -336,6 +340,22 @@ def test_tensorflow_lite_micro_finds_the_weights_of_large_networks() -> None:
         micro.measure_arena(artifact, test._replace(outputs=test.outputs[:, ::-1]))
 
 
+def test_what_tensorflow_lite_micro_cannot_run_is_an_error() -> None:
+    pytest.importorskip("tflite_micro", reason="tflite-micro has no wheel here")
+    test = micro.MicroTest(np.zeros((1, 8, 8, 1), np.int8), np.zeros((1, 3), np.int8))
+    with pytest.raises(UserError, match=r"TensorFlow Lite Micro cannot run this network: .*16 MiB"):
+        micro.measure_arena(b"no network" * 100, test)
+
+
+def test_a_file_says_nothing_of_the_machine_that_trained(exported: dict[str, Path]) -> None:
+    card = loaded.load(exported["model.jax"]).card
+    assert card["config"]["data"]["data_dir"] is None and card["config"]["init_from"] is None
+    assert card["test_accuracy"] > 0.1
+    quantized = loaded.load(exported["model.int8.onnx"]).card
+    assert "test_accuracy" not in quantized
+    assert quantized["float32_test_accuracy"] == card["test_accuracy"]
+
+
 def test_names_are_safe_in_c() -> None:
     assert micro._string('a"b\\?é\n') == r'"a\042b\134\077\303\251\012"'
 
@@ -397,19 +417,29 @@ def test_what_the_function_is_given_is_checked(trained: Trained, tmp_path: Path)
 
 
 def test_int8_that_loses_too_much_is_an_error() -> None:
-    reference = np.eye(10, dtype=np.float32)
     row = verify.Verified("onnx int8", Path("x"), 1, 0.9, 1, 0.1)
-    verify.require_same(row, None, reference, 0.902)
-    with pytest.raises(UserError, match="int8 loses too much"):
-        verify.require_same(row, None, reference, 0.904)
+    # Of few images, two are too few to say so.
+    for count, allowed, too_much in ((1000, 0.902, 0.904), (100, 0.92, 0.93)):
+        reference = np.full((count, 10), 0.1, np.float32)
+        verify.require_same(row, None, reference, allowed)
+        with pytest.raises(UserError, match="int8 loses too much"):
+            verify.require_same(row, None, reference, too_much)
 
 
 def test_classes_change_places_by_rounding_only() -> None:
     reference = np.array([[0.5, 0.5, 0.0], [0.6, 0.4, 0.0]], np.float32)
-    row = verify.Verified("onnx", Path("x"), 1, 0.9, 1, 0.1)
+    row = verify.Verified("onnx", Path("x"), 1, 0.9, 1, 0.01)
     verify.require_same(row, np.array([[0.49, 0.5, 0], [1, 0, 0]]), reference, 0.9)
     with pytest.raises(UserError, match="classifies 1 of 2 images otherwise"):
         verify.require_same(row, np.array([[0.5, 0.5, 0], [0, 1, 0]]), reference, 0.9)
+
+
+@pytest.mark.parametrize("largest", [0.02, float("nan")])
+def test_other_probabilities_are_an_error_though_the_classes_are_the_same(largest: float) -> None:
+    reference = np.array([[0.5, 0.3, 0.2]], np.float32)
+    row = verify.Verified("onnx", Path("x"), 1, 1.0, 0, largest)
+    with pytest.raises(UserError, match="computes probabilities that differ"):
+        verify.require_same(row, reference, reference, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,19 @@ def test_the_images_that_a_page_is_verified_on_decide_about_its_bits() -> None:
         assert read_page(page)[2]["bits"] == bits
 
 
+def test_a_rounded_network_shows_its_own_predictions() -> None:
+    model, shape = NETWORKS["grey"]
+    params, images = params_of(model, shape), pictures(40, shape)
+    predicted = in_jax(model, params, images).argmax(axis=1)
+    kept = SplitPredictions(images[:20], predicted[:20], predicted[:20])
+    # As if rounding corrected all answers on the test split.
+    tested = SplitPredictions(images[20:], predicted[20:], (predicted[20:] + 1) % model.num_classes)
+    card = cards.make_card(shape, tuple("abcde"), step=1)
+    shown = read_page(to_page(model, params, card, tested, "x", kept).decode())[2]
+    assert shown["bits"] == 16 and shown["accuracies"]["test"] == 1
+    assert all(example["label"] == example["predicted"] for example in shown["examples"])
+
+
 def test_what_comes_from_a_run_is_no_markup(tmp_path: Path) -> None:
     text = make_page("grey", tmp_path)[0].read_text()
     assert "<img" not in text and "<b>" not in text and "<i>run" not in text

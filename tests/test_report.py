@@ -110,6 +110,13 @@ def test_the_page_is_whole_and_by_itself(
         assert row["class"] in parsed.text
 
 
+def test_accuracies_stand_beside_those_of_the_same_parameters_only(
+    evaluated: CheckpointEvaluation,
+) -> None:
+    assert _report(evaluated).count('class="card"') == 3
+    assert _report(dataclasses.replace(evaluated, step=1)).count('class="card"') == 1
+
+
 def test_the_pictures_are_beside_it(run: Path, evaluated: CheckpointEvaluation) -> None:
     write_report(evaluated, evaluation_content(evaluated))
     names = ["calibration", "confusion_matrix", "learning_curves", "right", "wrong"]
@@ -370,6 +377,7 @@ def test_several_seeds_have_a_page_that_links_to_each(
     assert np.sum(content["confusion"]) == 2 * 80
     for (_, _), count in np.ndenumerate(content["confusion"]):
         assert not count or f">{count}<small>" in page
+    assert ">Predictions</th>" in page and ">Images</th>" not in page
     names = sorted(p.name for p in (tmp_path / "evaluation" / "validation").iterdir())
     assert names == ["confusion_matrix.png", "learning_curves.png"]
 

@@ -63,7 +63,7 @@ class Predictions(NamedTuple):
 class Predictor:
     """A trained network that predicts the classes of images.
 
-    It compiles at most twice: once for a single image and once for any larger number.
+    For each dtype of images it compiles at most twice: for a single one and for any larger number.
 
     Attributes:
         model: the network.

@@ -39,7 +39,7 @@ def make_card(
         "image_shape": list(image_shape),
         "class_names": list(class_names),
         "fit": fit,
-        "scaling": "pixels from 0 to 255, divided by 255",
+        "scaling": "float32 inputs are pixels / 255, uint8 inputs pixels, int8 inputs pixels - 128",
         "package": f"tinyvgg_jax {__version__}",
         **facts,
     }

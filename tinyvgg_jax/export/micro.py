@@ -30,7 +30,11 @@ import io
 import os
 import sys
 import numpy as np
-from tflite_micro import runtime
+
+try:
+    from tflite_micro import runtime
+except ImportError:
+    sys.exit(77)
 
 given = np.load(io.BytesIO(sys.stdin.buffer.read()))
 model, images = given["model"].tobytes(), given["images"]
@@ -53,6 +57,8 @@ def fits(arena):
     return os.waitpid(child, 0)[1] == 0
 
 low, high = 0, 1 << 14  # KiB; the smallest arena is above the one and at most the other.
+if not fits(high << 10):
+    sys.exit("it has an operator that is not there, or needs more than 16 MiB")
 while high - low > 1:
     middle = (low + high) // 2
     low, high = (low, middle) if fits(middle << 10) else (middle, high)
@@ -60,6 +66,7 @@ made = io.BytesIO()
 np.savez(made, arena=high << 10, outputs=list(outputs(high << 10)))
 sys.stdout.buffer.write(made.getvalue())
 """
+_NOT_INSTALLED = 77
 # Outputs of optimised kernels differ by this much from those of the reference kernels.
 _TOLERANCE = 1
 
@@ -135,15 +142,19 @@ def measure_arena(artifact: bytes, test: MicroTest) -> int | None:
         a microcontroller of 32; None if the package `tflite-micro` is not installed.
 
     Raises:
-        UserError: if TensorFlow Lite Micro gives other outputs than the test expects.
+        UserError: if TensorFlow Lite Micro cannot run the network, or gives other outputs than the
+            test expects.
     """
     given = io.BytesIO()
     np.savez(given, model=np.frombuffer(artifact, np.uint8), images=test.images)
     done = subprocess.run(
         [sys.executable, "-c", _RUN], input=given.getvalue(), capture_output=True, check=False
     )
-    if done.returncode != 0:
+    if done.returncode == _NOT_INSTALLED:
         return None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it crashed"]
+        raise UserError(f"TensorFlow Lite Micro cannot run this network: {said[-1]}.")
     made = np.load(io.BytesIO(done.stdout))
     difference = np.abs(made["outputs"].astype(int) - test.outputs).max()
     if difference > _TOLERANCE:
@@ -171,7 +182,7 @@ def to_micro(
 
     Raises:
         UserError: if the network has other operators than the paper's, or TensorFlow Lite Micro,
-            where it is installed, gives other outputs than LiteRT.
+            where it is installed, cannot run it or gives other outputs than LiteRT.
     """
     graph = inspect(artifact, images)
     others = set(graph.operators) - _OPERATORS.keys()
@@ -193,7 +204,8 @@ def _header(graph: Graph, card: Card, arena: int | None, size: int, name: str) -
     added = sorted({_OPERATORS[operator] for operator in graph.operators})
     adds = "\n".join(f"  resolver.{method}();" for method in added)
     measured = (
-        f"// Measured on a machine of 64 bits; one of 32 bits needs a little less.\n"
+        f"// Measured on a machine of 64 bits with the reference kernels. One of 32 bits needs a\n"
+        f"// little less, and optimised kernels, such as CMSIS-NN's, some KiB more.\n"
         f"constexpr size_t kArenaSize = {arena};"
         if arena
         else "// How large an arena it needs is not known: tflite-micro was not installed here.\n"
@@ -208,7 +220,9 @@ def _header(graph: Graph, card: Card, arena: int | None, size: int, name: str) -
 //       tflite::GetModel(tiny_vgg::kModel), resolver, arena, sizeof(arena));
 //   interpreter.AllocateTensors();
 //
-// The arena, uint8_t arena[tiny_vgg::kArenaSize], is to be aligned to 16 bytes.
+// The arena, uint8_t arena[tiny_vgg::kArenaSize], is to be aligned to 16 bytes. Versions of
+// TensorFlow Lite Micro before September 2024 do not know that a dense layer can have a scale for
+// each output, as here.
 #pragma once
 
 #include <cstddef>

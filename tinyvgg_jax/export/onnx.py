@@ -12,7 +12,7 @@ from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.layers import Convolution, Dense, channels_first, layers_of
 from tinyvgg_jax.model import TinyVGG
 
-# The opset of ONNX 1.15, which ONNX Runtime reads since 1.16.
+# The opset of ONNX 1.14, which ONNX Runtime reads since 1.15.
 _OPSET = 19
 _IR_VERSION = 9
 # Images that calibrate the ranges of the activations at a time.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from tinyvgg_jax.config import suggestion
 from tinyvgg_jax.data import DatasetInfo, Split
@@ -277,15 +278,19 @@ def _load(
         for name, split in splits.items()
         if name != "train"
     }
-    known = {f"{name}_accuracy": result.accuracy for name, result in evaluated.items()}
+    # What is known of an int8 file is the accuracy before it was quantized.
+    known = {
+        f"{'float32_' if int8 else ''}{name}_accuracy": result.accuracy
+        for name, result in evaluated.items()
+    }
     card = cards.make_card(
         info.image_shape,
         info.class_names,
         info.fit,
-        config=config.to_dict(),
+        config=_public(config),
         step=restored.step,
         dtype="int8" if int8 else "float32",
-        **({"test_accuracy": None} | known),
+        **known,
     )
     predictions = {
         name: SplitPredictions(splits[name].images, splits[name].labels, result.predicted)
@@ -295,6 +300,13 @@ def _load(
     title = workdir.resolve().name
     trained = Trained(model, restored.params, info, card, tested, verified_on, title)
     return trained, splits, evaluated
+
+
+def _public(config: ConfigDict) -> dict[str, Any]:
+    """Makes a dict of a config, without the folders of the machine that trained."""
+    content = config.to_dict()
+    content["data"] |= {"data_dir": None, "source_dir": None}
+    return content | {"init_from": None}
 
 
 def _target(workdir: Path, name: str, int8: bool, output: str | Path | None) -> Path:
@@ -370,8 +382,8 @@ def _write_micro(path: Path, content: bytes, trained: Trained, data: Split) -> l
         for file, text in texts.items():
             write_text(path.with_name(file), text)
     except UserError:
-        # The three files belong together.
-        for file in (path.name, *texts):
+        # The three files belong together, and those of an earlier export to another network.
+        for file in (path.name, f"{name}.h", f"{name}.cc"):
             with contextlib.suppress(OSError):
                 path.with_name(file).unlink(missing_ok=True)
         raise

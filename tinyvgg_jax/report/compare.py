@@ -90,7 +90,8 @@ class Comparison(NamedTuple):
         split: the split's name.
         runs: the results, in the order in which the runs were named.
         tests: the test of each pair of runs (i, j) with i < j: McNemar's if both have a single
-            seed, Welch's if both have several, else None.
+            seed, Welch's if both have several; None if one has several, or if the accuracies
+            differ between the runs and not at all between seeds.
     """
 
     split: str
@@ -195,7 +196,7 @@ def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
         return None
     if first.std == second.std == 0:
         # SciPy's t would be 0 / 0 or infinite.
-        return Welch(None, 1.0 if first.accuracy == second.accuracy else 0.0)
+        return Welch(None, 1.0) if first.accuracy == second.accuracy else None
     from scipy import stats
 
     found = stats.ttest_ind(a, b, equal_var=False)
@@ -238,7 +239,9 @@ def _test_line(first: ComparedRun, second: ComparedRun, test: McNemar | Welch | 
     """Describes the difference of two accuracies and its test."""
     gap = f"{100 * (first.accuracy - second.accuracy):+.2f} points"
     if test is None:
-        return f"{gap}; no test of several seeds against a single one"
+        if min(len(first.accuracies), len(second.accuracies)) == 1:
+            return f"{gap}; no test of several seeds against a single one"
+        return f"{gap}; no test, since neither accuracy varies between seeds"
     found = "significant" if test.p_value < 0.05 else "not significant"
     if isinstance(test, Welch):
         if test.interval:

@@ -217,13 +217,19 @@ def _draw_prediction(
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(0, W, H, 0))
         axes.set_title(title, fontsize=11)
         axes.set_axis_off()
+    # Pooling leaves out the last row and column of an odd size, so the map may cover less.
+    pixels = 2 ** (len(explanation.feature_maps) - 1)
+    h, w = explanation.saliency.shape
     heat_map.imshow(
         explanation.saliency,
         cmap="inferno",
         alpha=0.6,
-        extent=(0, W, H, 0),
+        vmin=0,
+        vmax=1,
+        extent=(0, w * pixels, h * pixels, 0),
         interpolation="bilinear",
     )
+    heat_map.set(xlim=(0, W), ylim=(H, 0))
     order = np.argsort(-explanation.probabilities)[: min(6, len(class_names))]
     probabilities = explanation.probabilities[order]
     bars.barh(range(len(order)), probabilities, color=["#b5451c"] + ["#c9c4bc"] * (len(order) - 1))

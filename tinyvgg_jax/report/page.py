@@ -29,7 +29,7 @@ from tinyvgg_jax.runs.folder import read_summary
 _MAX_WRONG, _MAX_CORRECT = 24, 24
 _PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 _MATRIX_NOTE = "A row for each true class, a column for each predicted class"
-_AT_WORK = '<p><a href="../export/page.html">See this network at work</a> in the browser.</p>'
+_AT_WORK = '<p><a href="../export/page.html">See the exported network at work</a> in a browser.</p>'
 _SPLIT_LINKS = re.compile(r'<nav class="splits">.*?</nav>', re.DOTALL)
 
 
@@ -114,7 +114,7 @@ def _write_page(
         plain_title=text(f"{workdir.resolve().name}: {percentage(content['accuracy'])} on {split}"),
         facts=_facts(workdir, each[0]),
         at_work=_AT_WORK if (workdir / "export" / "page.html").is_file() else "",
-        cards=_cards(workdir, split, content),
+        cards=_cards(workdir, each[0], content),
         head=head,
         body=body,
         recipe=_recipe_section(workdir, each),
@@ -160,10 +160,11 @@ def _facts(workdir: Path, evaluated: CheckpointEvaluation) -> str:
     return text(f"{', '.join(facts)}; report of {now:%Y-%m-%d %H:%M} UTC")
 
 
-def _cards(workdir: Path, split: str, content: Mapping[str, Any]) -> str:
-    """Makes a card for each split's accuracy; an unfinished run has only the evaluated one."""
-    summary = read_summary(workdir) or {}
-    known = {name: summary.get(f"{name}_accuracy") for name in PAPER}
+def _cards(workdir: Path, evaluated: CheckpointEvaluation, content: Mapping[str, Any]) -> str:
+    """Makes a card for each split's accuracy, as far as that of the same parameters is known."""
+    summary, split = read_summary(workdir) or {}, evaluated.split
+    same = summary.get("step") == evaluated.step
+    known = {name: summary.get(f"{name}_accuracy") if same else None for name in PAPER}
     known[split] = content["accuracy"]
     is_fashion_mnist = summary.get("dataset") == "fashion_mnist"
     cards = []

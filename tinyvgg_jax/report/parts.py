@@ -111,8 +111,10 @@ def confusions_and_scores(
     else:
         note += ' <span class="narrow">Scroll sideways for all classes.</span>'
         left = f'<div class="scroll">{_matrix(matrix, names)}</div>'
-    scores = _scores(content["per_class"], matrix)
-    right = f'<div class="scroll">{scores}</div>{_confusions(matrix, names)}'
+    # Each of several seeds predicts the class of each image.
+    counted = "Predictions" if "seeds" in content else "Images"
+    scores = _scores(content["per_class"], matrix, counted)
+    right = f'<div class="scroll">{scores}</div>{_confusions(matrix, names, counted)}'
     layout = "pair" if len(names) <= _MAX_CLASSES_IN_PAIR else "stack"
     return (
         f'<div class="{layout}">{section("Confusion matrix", note, left)}\n'
@@ -149,7 +151,7 @@ def _matrix(matrix: np.ndarray, names: tuple[str, ...]) -> str:
     )
 
 
-def _scores(per_class: Sequence[Mapping[str, Any]], matrix: np.ndarray) -> str:
+def _scores(per_class: Sequence[Mapping[str, Any]], matrix: np.ndarray, counted: str) -> str:
     """Makes the table of precision, recall and F1; a dash where a score is not defined."""
     rows = []
     for row, predicted in zip(per_class, matrix.sum(axis=0), strict=True):
@@ -160,10 +162,10 @@ def _scores(per_class: Sequence[Mapping[str, Any]], matrix: np.ndarray) -> str:
         }
         scores = [percentage(row[key], 1) if is_there else "-" for key, is_there in defined.items()]
         rows.append([name(row["class"]), *map(text, scores), f"{row['count']:,}"])
-    return table(["Class", "Precision", "Recall", "F1", "Images"], rows)
+    return table(["Class", "Precision", "Recall", "F1", counted], rows)
 
 
-def _confusions(matrix: np.ndarray, names: tuple[str, ...]) -> str:
+def _confusions(matrix: np.ndarray, names: tuple[str, ...], counted: str) -> str:
     """Makes the table of the most frequent confusions; nothing if there is none."""
     rows = [
         [
@@ -175,7 +177,7 @@ def _confusions(matrix: np.ndarray, names: tuple[str, ...]) -> str:
     ]
     if not rows:
         return ""
-    return f"<h3>Most frequent confusions</h3>{table(['Class', 'Images', 'Share'], rows)}"
+    return f"<h3>Most frequent confusions</h3>{table(['Class', counted, 'Share'], rows)}"
 
 
 def tiles(images: np.ndarray, captions: Sequence[Sequence[str]]) -> str:

@@ -99,7 +99,7 @@ def to_page(
         np.isfinite(array).all() for layer in layers for array in (layer.kernel, layer.bias)
     ):
         raise ValueError("its parameters are not finite numbers")
-    dtype = _dtype(model, params, shape, verified_on or tested)
+    dtype, tested = _rounded(model, params, tested, verified_on or tested)
     weights = b"".join(_arrays(layer, dtype) for layer in layers)
     chosen = _examples(tested)
     described = _described(model, layers, shape)
@@ -127,20 +127,30 @@ def to_page(
     )
 
 
-def _dtype(
-    model: TinyVGG, params: Any, shape: tuple[int, int, int], exact: SplitPredictions
-) -> np.dtype[Any]:
-    """Chooses float16, little-endian, for a large network whose classes it keeps, else float32."""
+def _rounded(
+    model: TinyVGG, params: Any, tested: SplitPredictions, exact: SplitPredictions
+) -> tuple[np.dtype[Any], SplitPredictions]:
+    """Rounds a large network to float16, little-endian, if that keeps the classes of `exact`.
+
+    Returns:
+        The dtype, float32 if it is not rounded; and what the network then predicts of `tested`.
+    """
+    whole, half = np.dtype("<f4"), np.dtype("<f2")
     if count_parameters(params) <= _SMALL:
-        return np.dtype("<f4")
-    half = np.dtype("<f2")
+        return whole, tested
     rounded = jax.tree.map(lambda x: jnp.asarray(x, half).astype(jnp.float32), params)
     if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(rounded)):
-        return np.dtype("<f4")
+        return whole, tested
     names = tuple(map(str, range(model.num_classes)))
+    shape = exact.images.shape[1:]
     network = Predictor(model.clone(dtype=jnp.float32, native=False), rounded, shape, names)
-    predicted = network.probabilities(exact.images, 250).argmax(axis=1)
-    return half if (predicted == exact.predicted).all() else np.dtype("<f4")
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        return network.probabilities(images, 250).argmax(axis=1)
+
+    if (predict(exact.images) != exact.predicted).any():
+        return whole, tested
+    return half, tested._replace(predicted=predict(tested.images))
 
 
 def _arrays(layer: Layer, dtype: np.dtype[Any]) -> bytes:

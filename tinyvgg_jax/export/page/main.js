@@ -112,7 +112,12 @@ function showSaliency() {
   if (canvas.hidden || !answer) return;
   const { stages, probabilities } = answer;
   const label = saliencyClass ?? probabilities.indexOf(Math.max(...probabilities));
-  drawSaliency(canvas, gradCam(layers, stages, label));
+  const saliency = gradCam(layers, stages, label);
+  drawSaliency(canvas, saliency);
+  // Pooling leaves out the last row and column of an odd size, so the map may cover less.
+  const pixels = 2 ** (layers.filter((layer) => layer.pool).length - 1);
+  canvas.style.width = `${(100 * pixels * saliency.width) / stages[0].width}%`;
+  canvas.style.height = `${(100 * pixels * saliency.height) / stages[0].height}%`;
 }
 
 function select(stage, channel, pinned) {
