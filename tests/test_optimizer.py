@@ -52,6 +52,16 @@ def test_the_warm_up_is_a_straight_line_to_the_highest_rate(kind: str) -> None:
         assert float(schedule(40)) == pytest.approx(0, abs=1e-8)
 
 
+def test_a_compiled_schedule_decays_at_the_start_of_each_epoch() -> None:
+    # For these numbers of steps, step * (1 / steps) in float32 is below the whole number.
+    for steps in (41, 61, 107, 214):
+        schedule = jax.jit(learning_rate_schedule(0.1, 0.5, steps))
+        for epoch in range(1, 9):
+            before, after = (float(schedule(epoch * steps + place)) for place in (-1, 0))
+            assert before == pytest.approx(0.1 * 0.5 ** (epoch - 1))
+            assert after == pytest.approx(0.1 * 0.5**epoch)
+
+
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("warmup_epochs", [0.0, 0.5])
 def test_a_schedule_tells_the_truth_about_the_number_of_epochs(

@@ -117,3 +117,41 @@ def test_light_changes_as_the_formulas_say() -> None:
     assert flat(photometry.change_contrast(black, 2 * one)) == [0] * 4
     assert flat(photometry.invert_garments(values, one > 0)) == [0, 0.475, 0.5, 0]
     assert flat(photometry.invert_garments(values, one < 0)) == flat(values)
+
+
+def test_white_pictures_stay_in_range() -> None:
+    # Where a program is optimised, interpolated white is above 1 by rounding.
+    white = jnp.full((8, 6, 6, 1), np.nextafter(np.float32(1), np.float32(2)))
+    options: dict[str, Any] = {"inverted": 0.5, "gamma": 0.7}
+    changed = augment(
+        jax.random.key(0), white, rotation_degrees=0.0, horizontal_flip=False, **options
+    )
+    assert float(changed.min()) >= 0 and float(changed.max()) <= 1
+
+
+def test_what_is_the_garment_does_not_depend_on_its_colour() -> None:
+    red = jnp.array([0.9, 0.0, 0.05]).reshape(1, 1, 1, 3)
+    one = jnp.ones(1)
+    assert photometry.garments(red).shape == (1, 1, 1, 1)
+    np.testing.assert_allclose(photometry.put_on_background(red, 0.3 * one), red)
+    inverted = photometry.invert_garments(red, one > 0)
+    np.testing.assert_allclose(inverted.ravel(), [0.1, 1.0, 0.95], rtol=1e-6)
+    # The tone is the mean of all channels.
+    flat = photometry.change_contrast(red, 0 * one)
+    np.testing.assert_allclose(flat.ravel(), [0.95 / 3] * 3, rtol=1e-6)
+
+
+def test_the_background_is_as_light_as_it_was_drawn(images: Array) -> None:
+    def corners(**others: Any) -> Array:
+        changed = augment(
+            jax.random.key(4),
+            images,
+            rotation_degrees=0.0,
+            horizontal_flip=False,
+            background=0.3,
+            **others,
+        )
+        return changed[:, 0, 0]
+
+    changed = corners(contrast=0.5, brightness=0.3, gamma=0.7, inverted=0.5)
+    np.testing.assert_array_equal(changed, corners())

@@ -312,10 +312,18 @@ def test_a_run_does_not_go_on_with_other_data(config: ConfigDict, tmp_path: Path
     train_and_evaluate(config, tmp_path)
     content = stored(tmp_path / "dataset.json")
     assert content["num_examples"] == {"train": 250, "validation": 80, "test": 70}
-    content["num_examples"]["test"] = 71
+    others = content | {"num_examples": content["num_examples"] | {"test": 71}}
+    # As many images, of which one has another label.
+    relabelled = content | {"digests": content["digests"] | {"train": 64 * "0"}}
+    for other in (others, relabelled):
+        (tmp_path / "dataset.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match="holds a run on other data"):
+            train_and_evaluate(config, tmp_path)
+    # Earlier versions did not write digests.
+    del content["digests"]
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="holds a run on other data"):
-        train_and_evaluate(config, tmp_path)
+    train_and_evaluate(config, tmp_path)
+    assert set(stored(tmp_path / "dataset.json")["digests"]) == {"train", "validation", "test"}
     (tmp_path / "dataset.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"dataset\.json is damaged"):
         train_and_evaluate(config, tmp_path)

@@ -24,8 +24,8 @@ def rotate(images: Array, degrees: Array) -> Array:
         degrees: `[B]`, anticlockwise angles.
 
     Returns:
-        `[B, H, W, C]`, the dtype of `images`. Its values lie
-        between the lowest and the highest of the image's values and 0.
+        `[B, H, W, C]`, the dtype of `images`. Up to rounding, its values lie between the lowest and
+        the highest of the image's values and 0.
     """
     return transform(images, degrees)
 
@@ -328,41 +328,48 @@ def change_light(
     images: Array,
     *,
     inverted: float = 0.0,
-    background: float = 0.0,
     gamma: float = 0.0,
     contrast: float = 0.0,
     brightness: float = 0.0,
+    background: float = 0.0,
     blur_sigma: float = 0.0,
     noise: float = 0.0,
 ) -> Array:
-    """Changes light and camera, in the order of the options; those left at 0 have no effect.
+    """Changes light and camera; options left at 0 have no effect.
+
+    The garments are changed first, in the order of the options, on the black by which they are
+    recognised; then comes the background, then the camera's blur and noise.
 
     Args:
         draws: random numbers for the images.
         images: `[B, H, W, C]`, floating, in [0, 1].
         inverted: fraction of the images in whose garments light and dark are exchanged.
-        background: highest level of the flat background, uniform in [0, background].
         gamma: exponents are 2**u with u uniform in [-gamma, gamma].
         contrast: largest change of contrast, a fraction.
         brightness: largest change of brightness, in [0, 1].
+        background: highest level of the flat background, uniform in [0, background].
         blur_sigma: largest standard deviation in pixels of a Gaussian blur.
         noise: largest standard deviation of Gaussian noise, for values in [0, 1].
 
     Returns:
         `[B, H, W, C]`, in [0, 1].
     """
+    if not any((inverted, gamma, contrast, brightness, background, blur_sigma, noise)):
+        return images
+    # Interpolation leaves [0, 1] by rounding, and a power of what is below 0 is not a number.
+    images = images.clip(0, 1)
     if inverted:
         chosen = jax.random.bernoulli(named_key(draws.key, "inversion"), inverted, (draws.number,))
         images = photometry.invert_garments(images, draws.own(chosen))
-    if background:
-        level = draws.uniform("background", 0, background)
-        images = photometry.put_on_background(images, level)
     if gamma:
         images = photometry.change_gamma(images, 2 ** draws.spread("gamma", gamma))
     if contrast:
         images = photometry.change_contrast(images, 1 + draws.spread("contrast", contrast))
     if brightness:
         images = photometry.change_brightness(images, draws.spread("brightness", brightness))
+    if background:
+        level = draws.uniform("background", 0, background)
+        images = photometry.put_on_background(images, level)
     if blur_sigma:
         sigma = draws.uniform("blur", 0, blur_sigma)
         images = photometry.blur(images, sigma, blur_sigma)

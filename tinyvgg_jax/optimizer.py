@@ -45,9 +45,12 @@ class _SchedulePlan(NamedTuple):
 
 def _exponential(plan: _SchedulePlan) -> optax.Schedule:
     """rate(step) = learning_rate * decay**(step // steps_per_epoch) * min(1, step / warmup)."""
-    fall = optax.exponential_decay(
-        plan.learning_rate, plan.steps_per_epoch, plan.decay, staircase=True
-    )
+    by_epoch = optax.exponential_decay(plan.learning_rate, 1, plan.decay)
+
+    def fall(step: Array | int) -> Array:
+        # Optax's staircase divides floats, by which a compiled program can be a step late.
+        return by_epoch(step // plan.steps_per_epoch)
+
     if not plan.warmup_steps:
         return fall
     rise = optax.linear_schedule(0.0, 1.0, plan.warmup_steps)

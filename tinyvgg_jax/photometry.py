@@ -22,13 +22,15 @@ def per_image(values: Array) -> Array:
 def garments(images: Array) -> Array:
     """Computes how much of each pixel belongs to the garment: min(v / 0.1, 1) for a value v.
 
+    The value of a pixel in colour is its highest channel's.
+
     Args:
         images: `[B, H, W, C]`, of garments on black.
 
     Returns:
-        `[B, H, W, C]`, in [0, 1]. The share rises over some values, so that edges stay smooth.
+        `[B, H, W, 1]`, in [0, 1]. The share rises over some values, so that edges stay smooth.
     """
-    return jnp.minimum(images / _GARMENT, 1)
+    return jnp.minimum(images.max(axis=-1, keepdims=True) / _GARMENT, 1)
 
 
 def put_on_background(images: Array, level: Array) -> Array:
@@ -58,7 +60,7 @@ def change_contrast(images: Array, factor: Array) -> Array:
     """Scales the differences from each garment's mean tone; what is around it stays black.
 
     With m a pixel's share of the garment (`garments`), f the factor, and t = sum(m v) / sum(m)
-    the mean tone of the image's garment,
+    over all pixels and channels, the mean tone of the image's garment,
 
         v <- m * (t + f * (v - t))
 
@@ -72,7 +74,7 @@ def change_contrast(images: Array, factor: Array) -> Array:
         `[B, H, W, C]`, in [0, 1].
     """
     share = garments(images)
-    size = jnp.maximum(share.sum(axis=(1, 2, 3), keepdims=True), 1)
+    size = jnp.maximum(images.shape[-1] * share.sum(axis=(1, 2, 3), keepdims=True), 1)
     tone = (share * images).sum(axis=(1, 2, 3), keepdims=True) / size
     return (share * (tone + (images - tone) * per_image(factor))).clip(0, 1)
 

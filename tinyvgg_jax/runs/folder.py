@@ -243,9 +243,10 @@ def refuse_fewer_epochs(workdir: Path, num_epochs: int, steps_per_epoch: int) ->
 
 
 def _dataset_content(splits: dict[str, Split], info: DatasetInfo) -> dict[str, Any]:
-    """Makes the content of `dataset.json`: image shape, class names, and sizes of the splits."""
+    """Makes the content of `dataset.json`: image shape, class names, splits' sizes and digests."""
     sizes = {name: len(split) for name, split in splits.items()}
-    content = dataclasses.asdict(info) | {"num_examples": sizes}
+    digests = {name: split.digest() for name, split in splits.items()}
+    content = dataclasses.asdict(info) | {"num_examples": sizes, "digests": digests}
     if info.fit == "garment":  # As in runs from before there were others.
         del content["fit"]
     # JSON has lists where these are tuples.
@@ -267,7 +268,10 @@ def refuse_other_data(
         UserError: if the data differ from those in `dataset.json`.
     """
     path = workdir / "dataset.json"
-    if read_json(path) not in (None, _dataset_content(splits, info)):
+    before, now = read_json(path), _dataset_content(splits, info)
+    if before is not None and "digests" not in before:  # As in runs from before they were written.
+        del now["digests"]
+    if before not in (None, now):
         raise UserError(
             f"{workdir} holds a run on other data than the {dataset} found here (compare "
             f"{path}). Pass another --workdir, or the right --config.data.data_dir."
@@ -282,7 +286,7 @@ def describe(
     Args:
         workdir: the run's folder.
         config: the run's config.
-        splits: the run's splits by name; their sizes are recorded.
+        splits: the run's splits by name; their sizes and digests are recorded.
         info: the dataset's image shape and class names.
 
     Raises:
