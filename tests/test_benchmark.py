@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -195,6 +196,18 @@ def test_scaling_is_the_median_of_the_rounds() -> None:
     )
     entry = entry_of({"kind": "scale", "batch_size": 1}, [one, two])
     assert entry["scaling"][1] == {"devices": 2, "speed_up": 1.5, "efficiency": 0.75}
+    # Without one device there is nothing to compare with.
+    one.seconds = []
+    assert "scaling" not in entry_of({"kind": "scale", "batch_size": 1}, [one, two])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells peaks")
+def test_the_peak_of_a_worker_is_its_own() -> None:
+    # This process has more memory than the worker.
+    np.ones(300 << 20, np.uint8).sum()
+    code = "from tinyvgg_jax.benchmark import worker; print(worker.peak_host_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 2**20 < int(done.stdout) < 200 << 20
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # The threads of the previous contestant may spin for a while before they sleep.
@@ -25,7 +25,7 @@ class Contestant:
         name: its name in tables and JSON.
         module: the worker's module, run with `python -m`.
         case: fields that it adds to the case.
-        environment: environment variables of its process.
+        environment: environment variables of its process; None unsets one.
         is_peer: whether it is a competitor that this package is compared with.
         is_compared: whether it is this package as its users run it, to be compared with the peers.
     """
@@ -33,7 +33,7 @@ class Contestant:
     name: str
     module: str
     case: dict[str, Any] = dataclasses.field(default_factory=dict)
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     is_peer: bool = False
     is_compared: bool = False
 
@@ -87,6 +87,7 @@ class Process:
         """
         self.result = _empty_result(contestant, case)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        environment = os.environ | contestant.environment
         start = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, "-m", contestant.module],
@@ -94,7 +95,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | contestant.environment,
+            env={name: value for name, value in environment.items() if value is not None},
             # Ctrl-C in a terminal reaches this process alone, which then ends the workers.
             process_group=0,
         )

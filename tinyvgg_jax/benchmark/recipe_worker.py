@@ -27,7 +27,7 @@ from tinyvgg_jax.train import train_and_evaluate
 
 
 class EpochEnds(logging.Handler):
-    """Notes when epochs end, by the line that training logs after each: then all is saved."""
+    """Notes when epochs end, by the line that training logs after each."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)

@@ -32,7 +32,7 @@ def entry_of(case: dict[str, Any], results: list[Result]) -> dict[str, Any]:
         entry["least_memory"] = {"name": least.name, "bytes": peak_memory(least)}
     if case["kind"] == "train":
         entry["rooflines"] = _rooflines(ran)
-    if case["kind"] == "scale" and ran:
+    if case["kind"] == "scale" and ran and ran[0].facts["devices"] == 1:
         entry["scaling"] = [_scaling(ran[0], result) for result in ran]
     return entry
 

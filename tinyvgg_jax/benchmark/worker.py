@@ -3,11 +3,14 @@
 Requests and answers are lines of JSON on standard input and output.
 """
 
+import contextlib
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -16,11 +19,23 @@ class Prepared(NamedTuple):
 
     Attributes:
         run: runs a number of steps to their end and returns the time they took, in seconds.
-        facts: reports device and memory; called once, at the end.
+        facts: reports device and memory; called after each run.
     """
 
     run: Callable[[int], float]
     facts: Callable[[], dict[str, Any]]
+
+
+def peak_host_bytes() -> int:
+    """Returns the highest memory of this process so far, without that of its child processes."""
+    with contextlib.suppress(OSError):
+        # The process that started this one has left its own peak in what `getrusage` reports.
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return 1024 * int(found[1])
+    # Here Linux reports KiB, too, and macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def serve(prepare: Callable[[dict[str, Any]], Prepared]) -> None:
@@ -45,8 +60,6 @@ def serve(prepare: Callable[[dict[str, Any]], Prepared]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request == "facts":
-            # Linux reports KiB. RUSAGE_SELF leaves out child processes, such as the C compiler.
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            answer({"peak_host_bytes": peak} | prepared.facts())
+            answer({"peak_host_bytes": peak_host_bytes()} | prepared.facts())
         else:
             answer({"seconds": prepared.run(request)})
