@@ -117,7 +117,8 @@ def test_any_names_of_classes_can_be_drawn(names: tuple[str, ...]) -> None:
 
 
 def test_grad_cam_is_drawn_where_the_network_looked() -> None:
-    # Of 7 pixels, pooling leaves out the last one: the map's 3 places are of two pixels each.
+    # Pooling makes 3 rows of 7 and leaves out the last row, so a row of the map stands for two rows
+    # of the image; columns likewise.
     explanation = Explanation(
         np.zeros((7, 7, 1), np.uint8),
         np.array([0.6, 0.4], np.float32),

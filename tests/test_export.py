@@ -417,13 +417,11 @@ def test_what_the_function_is_given_is_checked(trained: Trained, tmp_path: Path)
 
 
 def test_int8_that_loses_too_much_is_an_error() -> None:
+    reference = np.eye(10, dtype=np.float32)
     row = verify.Verified("onnx int8", Path("x"), 1, 0.9, 1, 0.1)
-    # Of few images, two are too few to say so.
-    for count, allowed, too_much in ((1000, 0.902, 0.904), (100, 0.92, 0.93)):
-        reference = np.full((count, 10), 0.1, np.float32)
-        verify.require_same(row, None, reference, allowed)
-        with pytest.raises(UserError, match="int8 loses too much"):
-            verify.require_same(row, None, reference, too_much)
+    verify.require_same(row, None, reference, 0.902)
+    with pytest.raises(UserError, match="int8 loses too much"):
+        verify.require_same(row, None, reference, 0.904)
 
 
 def test_classes_change_places_by_rounding_only() -> None:

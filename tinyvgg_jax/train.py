@@ -108,7 +108,7 @@ def require_same_config(config: ConfigDict) -> None:
 def require_same_data(run: Run) -> None:
     """Checks that all processes have the same examples."""
     if processes.count() > 1:
-        contents = {name: split.digest() for name, split in run.splits.items()}
+        contents = {name: split.digest for name, split in run.splits.items()}
         processes.require_same("data", contents)
 
 

@@ -1,6 +1,7 @@
 """Splits of a dataset as uint8 arrays, decoded once on each machine and then memory-mapped."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -38,8 +39,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @functools.cached_property
     def digest(self) -> str:
-        """Computes a SHA-256 of the images and labels."""
+        """SHA-256 of the images and labels."""
         sha = hashlib.sha256(repr(self.images.shape).encode())
         for array in (self.images, self.labels):
             sha.update(np.ascontiguousarray(array).data)

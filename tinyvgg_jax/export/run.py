@@ -278,7 +278,7 @@ def _load(
         for name, split in splits.items()
         if name != "train"
     }
-    # What is known of an int8 file is the accuracy before it was quantized.
+    # An int8 file's card names the accuracies of the float32 network, before it is quantized.
     known = {
         f"{'float32_' if int8 else ''}{name}_accuracy": result.accuracy
         for name, result in evaluated.items()
@@ -382,7 +382,7 @@ def _write_micro(path: Path, content: bytes, trained: Trained, data: Split) -> l
         for file, text in texts.items():
             write_text(path.with_name(file), text)
     except UserError:
-        # The three files belong together, and those of an earlier export to another network.
+        # The three files belong together. Those of an earlier export would be of another network.
         for file in (path.name, f"{name}.h", f"{name}.cc"):
             with contextlib.suppress(OSError):
                 path.with_name(file).unlink(missing_ok=True)

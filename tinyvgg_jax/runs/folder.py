@@ -245,7 +245,7 @@ def refuse_fewer_epochs(workdir: Path, num_epochs: int, steps_per_epoch: int) ->
 def _dataset_content(splits: dict[str, Split], info: DatasetInfo) -> dict[str, Any]:
     """Makes the content of `dataset.json`: image shape, class names, splits' sizes and digests."""
     sizes = {name: len(split) for name, split in splits.items()}
-    digests = {name: split.digest() for name, split in splits.items()}
+    digests = {name: split.digest for name, split in splits.items()}
     content = dataclasses.asdict(info) | {"num_examples": sizes, "digests": digests}
     if info.fit == "garment":  # As in runs from before there were others.
         del content["fit"]
