@@ -260,6 +260,24 @@ def test_it_classifies_test_images_as_jax_does(
     np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
 
 
+def test_grad_cam_lies_where_the_network_looked(opened: Callable[..., Any], tmp_path: Path) -> None:
+    path, network, images = make_page("colour", tmp_path)
+    page = opened(path)
+    page.check("#grad-cam")
+    style = page.eval_on_selector(
+        "#saliency", "canvas => [canvas.style.height, canvas.style.width]"
+    )
+    # Before the last convolution, pooling has left out rows and columns of odd sizes.
+    covered = np.multiply(
+        explain(network, images[0]).saliency.shape, 2 ** (len(network.model.widths) - 1)
+    )
+    shares = 100 * covered / np.array(network.image_shape[:2])
+    assert (shares < 100).any()
+    assert [float(side.removesuffix("%")) for side in style] == pytest.approx(
+        shares.tolist(), abs=0.01
+    )
+
+
 @pytest.mark.parametrize("name", ["grey", "colour"])
 def test_grad_cam_is_that_of_explain(name: str, modules: Any, tmp_path: Path) -> None:
     path, network, images = make_page(name, tmp_path)
