@@ -2,9 +2,11 @@
 
 import importlib.util
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,45 +26,8 @@ _OPERATORS = {
 }
 # Images with their expected outputs, for a test on the board.
 TESTS = 10
-# The interpreter says on standard error what it failed to allocate, and crashes in some arenas, so
-# each is tried in a process of its own.
-_RUN = """
-import io
-import os
-import sys
-import numpy as np
-from tflite_micro import runtime
-
-given = np.load(io.BytesIO(sys.stdin.buffer.read()))
-model, images = given["model"].tobytes(), given["images"]
-
-def outputs(arena):
-    interpreter = runtime.Interpreter.from_bytes(model, arena_size=arena)
-    for image in images:
-        interpreter.set_input(image[None], 0)
-        interpreter.invoke()
-        yield interpreter.get_output(0)[0]
-
-def fits(arena):
-    child = os.fork()
-    if child == 0:
-        try:
-            next(outputs(arena))
-            os._exit(0)
-        except Exception:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
-
-low, high = 0, 1 << 14  # KiB; the smallest arena is above the one and at most the other.
-if not fits(high << 10):
-    sys.exit("it has an operator that is not there, or needs more than 16 MiB")
-while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (low, middle) if fits(middle << 10) else (middle, high)
-made = io.BytesIO()
-np.savez(made, arena=high << 10, outputs=list(outputs(high << 10)))
-sys.stdout.buffer.write(made.getvalue())
-"""
+# By its path, and without its folder among the modules' (-P), which has a `torch.py` of its own.
+_WORKER = ("-P", os.fspath(Path(__file__).with_name("micro_worker.py")))
 # Outputs of optimised kernels differ by this much from those of the reference kernels.
 _TOLERANCE = 1
 
@@ -146,7 +111,7 @@ def measure_arena(artifact: bytes, test: MicroTest) -> int | None:
     given = io.BytesIO()
     np.savez(given, model=np.frombuffer(artifact, np.uint8), images=test.images)
     done = subprocess.run(
-        [sys.executable, "-c", _RUN], input=given.getvalue(), capture_output=True, check=False
+        [sys.executable, *_WORKER], input=given.getvalue(), capture_output=True, check=False
     )
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["it crashed"]
