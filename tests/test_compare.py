@@ -143,6 +143,9 @@ def test_an_interval_of_differences_stays_within_minus_1_and_1() -> None:
 
 def test_seeds_that_do_not_vary_are_compared_without_a_warning() -> None:
     run, better = _run("a", [0.5, 0.5, 0.5]), _run("b", [0.75] * 3)
+    # One of two that varies is enough for a test.
+    found = compare._test(run, _run("c", [0.5, 0.6, 0.7]))
+    assert isinstance(found, Welch) and 0.2 < found.p_value < 0.3
     same = compare._test(run, run)
     assert isinstance(same, Welch) and same.p_value == 1
     # One image of a small split would make the difference certain.
@@ -171,6 +174,29 @@ def test_what_is_no_run_is_left_out_and_named(
     # A shell's pattern never gives it, so it is a mistyped name.
     with pytest.raises(UserError, match=r"there is no folder .*mistyped"):
         compare_runs([trained[0], twin, tmp_path / "mistyped"])
+    with pytest.raises(UserError, match=r"nnn cannot be read: File name too long"):
+        compare_runs([trained[0], twin, tmp_path / ("n" * 300)])
+
+
+def test_a_folder_that_may_not_be_entered_is_left_out(
+    trained: Trained,
+    twin: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    exists = Path.exists
+
+    def refuse(path: Path) -> bool:  # Root may enter every folder.
+        if path.parent == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert len(compare_runs([trained[0], closed, twin]).runs) == 2
+    assert f"Left out, because they cannot be read: {closed}" in caplog.text
 
 
 def test_it_writes_only_where_it_is_told_to(

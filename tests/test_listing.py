@@ -88,6 +88,8 @@ def test_a_folder_without_runs_is_said(tmp_path: Path, caplog: pytest.LogCapture
     assert f"There is no run below {tmp_path}" in caplog.text
     with pytest.raises(UserError, match=r"there is no folder .*none"):
         list_runs([tmp_path / "none"])
+    with pytest.raises(UserError, match=r"nnn cannot be read: File name too long"):
+        list_runs([tmp_path / ("n" * 300)])
 
 
 def test_it_does_not_wait_for_jax(runs: Path) -> None:

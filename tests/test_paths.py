@@ -42,6 +42,8 @@ def test_a_path_is_what_a_person_means(monkeypatch: pytest.MonkeyPatch, tmp_path
     [
         ("gs://bucket/run", "gs://bucket/run is not on this machine"),
         ("s3://bucket/run", "is not on this machine"),
+        ("gs://[x]/run", "is not on this machine"),
+        ("file://[x]/run", "is not on this machine"),
         (Path("gs://bucket/run"), "is not on this machine"),
         ("file://elsewhere/x", "is not on this machine"),
         ("~nobody-here/x", "there is no user nobody-here on this machine"),

@@ -31,7 +31,10 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     # an address, too, unless a folder `data:` exists.
     scheme = re.match(r"([A-Za-z][\w+.-]+):(//?)", text)
     if scheme and (scheme[2] == "//" or not Path(f"{scheme[1]}:").exists()):
-        address = urllib.parse.urlsplit(text)
+        try:
+            address = urllib.parse.urlsplit(text)
+        except ValueError:  # For example for brackets that hold no IPv6 address.
+            address = urllib.parse.SplitResult("", "", "", "", "")
         if address.scheme != "file" or address.netloc not in ("", "localhost"):
             raise UserError(
                 f"{text} is not on this machine. Only local files and folders are read and "
@@ -46,6 +49,23 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     if first == "~":
         raise UserError(f"{text}: this user has no home folder; give an absolute path.")
     raise UserError(f"{text}: there is no user {first[1:]} on this machine.")
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """Asks the system what there is at a path that a user gave.
+
+    Returns:
+        What `os.stat` returns; None if nothing is there.
+
+    Raises:
+        UserError: if the system does not tell, for example because the name is too long.
+    """
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

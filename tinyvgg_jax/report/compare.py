@@ -1,6 +1,7 @@
 """Comparison of runs: accuracy with its interval, size, training time, and significance."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from tinyvgg_jax.data import Split
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.paths import local_path, status_of
 from tinyvgg_jax.report.evaluation import (
     CheckpointEvaluation,
     DataFolders,
@@ -138,18 +139,24 @@ def compare_runs(
 def _runs_among(workdirs: Sequence[str | Path]) -> list[str | Path]:
     """Leaves out what is no run with a checkpoint, and logs it; a missing path is an error."""
     found: list[str | Path] = []
-    others: list[str | Path] = []
+    others: dict[str, list[str]] = {}
     for workdir in workdirs:
         path = local_path(workdir)
-        if not path.exists():
+        if status_of(path) is None:
             raise UserError(f"there is no folder {workdir}.")
-        (found if _is_run_with_checkpoint(path) else others).append(workdir)
-    left_out = ", ".join(map(str, others))
+        try:
+            if _is_run_with_checkpoint(path):
+                found.append(workdir)
+            else:
+                others.setdefault("hold no run, or no checkpoint yet", []).append(str(workdir))
+        except OSError:
+            others.setdefault("cannot be read", []).append(str(workdir))
+    left_out = [(reason, ", ".join(names)) for reason, names in others.items()]
     if len(found) < 2:
-        reason = f"; these hold no run, or no checkpoint yet: {left_out}" if others else ""
-        raise UserError(f"--mode compare needs the folders of two runs or more{reason}.")
-    if others:
-        logger.warning("Left out, because they hold no run, or no checkpoint yet: %s", left_out)
+        reasons = "".join(f"; these {reason}: {names}" for reason, names in left_out)
+        raise UserError(f"--mode compare needs the folders of two runs or more{reasons}.")
+    for reason, names in left_out:
+        logger.warning("Left out, because they %s: %s", reason, names)
     return found
 
 
@@ -199,7 +206,10 @@ def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
         return Welch(None, 1.0) if first.accuracy == second.accuracy else None
     from scipy import stats
 
-    found = stats.ttest_ind(a, b, equal_var=False)
+    with warnings.catch_warnings():
+        # SciPy fears for its digits where the values of one of both are equal.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = stats.ttest_ind(a, b, equal_var=False)
     if min(len(a), len(b)) == 2:
         return Welch(None, float(found.pvalue))
     interval = found.confidence_interval(0.95)

@@ -6,12 +6,13 @@ import json
 import logging
 import operator
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.paths import local_path, open_regular
+from tinyvgg_jax.paths import local_path, open_regular, status_of
 from tinyvgg_jax.report.tables import columns, percentage
 from tinyvgg_jax.runs.files import read_json
 from tinyvgg_jax.runs.folder import read_summary
@@ -66,11 +67,12 @@ def list_runs(folders: Sequence[str | Path]) -> list[ListedRun]:
         The runs, sorted by their paths.
 
     Raises:
-        UserError: if a folder does not exist, or is no folder.
+        UserError: if a folder does not exist, is no folder, or cannot be reached.
     """
     found: dict[Path, ListedRun] = {}
     for folder in map(local_path, folders):
-        if not folder.is_dir():
+        status = status_of(folder)
+        if status is None or not stat.S_ISDIR(status.st_mode):
             raise UserError(f"there is no folder {folder}.")
         for workdir in _workdirs(folder):
             try:

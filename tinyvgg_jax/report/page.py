@@ -114,7 +114,7 @@ def _write_page(
         plain_title=text(f"{workdir.resolve().name}: {percentage(content['accuracy'])} on {split}"),
         facts=_facts(workdir, each[0]),
         at_work=_AT_WORK if (workdir / "export" / "page.html").is_file() else "",
-        cards=_cards(workdir, each[0], content),
+        cards=_cards(workdir, each, content),
         head=head,
         body=body,
         recipe=_recipe_section(workdir, each),
@@ -160,10 +160,10 @@ def _facts(workdir: Path, evaluated: CheckpointEvaluation) -> str:
     return text(f"{', '.join(facts)}; report of {now:%Y-%m-%d %H:%M} UTC")
 
 
-def _cards(workdir: Path, evaluated: CheckpointEvaluation, content: Mapping[str, Any]) -> str:
+def _cards(workdir: Path, each: Sequence[CheckpointEvaluation], content: Mapping[str, Any]) -> str:
     """Makes a card for each split's accuracy, as far as that of the same parameters is known."""
-    summary, split = read_summary(workdir) or {}, evaluated.split
-    same = summary.get("step") == evaluated.step
+    summary, split = read_summary(workdir) or {}, each[0].split
+    same = all(summary.get("step") == evaluated.step for evaluated in each)
     known = {name: summary.get(f"{name}_accuracy") if same else None for name in PAPER}
     known[split] = content["accuracy"]
     is_fashion_mnist = summary.get("dataset") == "fashion_mnist"
