@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,10 +97,24 @@ def test_angles_fill_the_whole_range_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_range_dtype_and_shape_stay(images: jax.Array, dtype: str) -> None:
-    drawn = augment(
-        jax.random.key(3), images.astype(dtype), rotation_degrees=180.0, horizontal_flip=True
-    )
+@pytest.mark.parametrize(
+    "option",
+    [
+        "rotation_degrees",
+        "shift_pixels",
+        "erasing",
+        "background",
+        "gamma",
+        "contrast",
+        "brightness",
+        "blur_sigma",
+        "noise",
+        "inverted",
+    ],
+)
+def test_range_dtype_and_shape_stay(images: jax.Array, dtype: str, option: str) -> None:
+    options: dict[str, Any] = {"rotation_degrees": 180.0} | {option: 1}
+    drawn = augment(jax.random.key(3), images.astype(dtype), horizontal_flip=True, **options)
     assert drawn.shape == images.shape and drawn.dtype == dtype
     assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
 

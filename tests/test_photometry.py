@@ -122,11 +122,12 @@ def test_light_changes_as_the_formulas_say() -> None:
 def test_white_pictures_stay_in_range() -> None:
     # Where a program is optimised, interpolated white is above 1 by rounding.
     white = jnp.full((8, 6, 6, 1), np.nextafter(np.float32(1), np.float32(2)))
-    options: dict[str, Any] = {"inverted": 0.5, "gamma": 0.7}
-    changed = augment(
-        jax.random.key(0), white, rotation_degrees=0.0, horizontal_flip=False, **options
-    )
-    assert float(changed.min()) >= 0 and float(changed.max()) <= 1
+    changes: list[dict[str, Any]] = [{"inverted": 0.5, "gamma": 0.7}, {"blur_sigma": 1.5}]
+    for options in changes:
+        changed = augment(
+            jax.random.key(0), white, rotation_degrees=0.0, horizontal_flip=False, **options
+        )
+        assert float(changed.min()) >= 0 and float(changed.max()) <= 1
 
 
 def test_what_is_the_garment_does_not_depend_on_its_colour() -> None:

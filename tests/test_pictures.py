@@ -60,7 +60,7 @@ def test_cameras_orientation_is_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", [30, 225])
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
 def test_what_is_transparent_is_background_whatever_colour_it_hides(
     level: int, mode: str, tmp_path: Path
 ) -> None:
@@ -72,6 +72,10 @@ def test_what_is_transparent_is_background_whatever_colour_it_hides(
         image = Image.fromarray((pixels[..., 3] == 0).astype(np.uint8), "P")
         image.putpalette([level] * 6)
         image.info["transparency"] = 1
+    elif mode == "I;16":
+        wide = 200 * pixels[..., 0].astype(np.uint16) + (pixels[..., 3] == 0)
+        image = Image.fromarray(wide)
+        image.info["transparency"] = 200 * level + 1
     else:
         image = image.convert(mode)
     image.save(tmp_path / "cut.png")

@@ -352,14 +352,16 @@ def change_light(
         noise: largest standard deviation of Gaussian noise, for values in [0, 1].
 
     Returns:
-        `[B, H, W, C]`, in [0, 1].
+        `[B, H, W, C]`, in [0, 1], the dtype of `images`.
     """
     if not any((inverted, gamma, contrast, brightness, background, blur_sigma, noise)):
         return images
+    dtype = images.dtype
     # Interpolation leaves [0, 1] by rounding, and a power of what is below 0 is not a number.
     images = images.clip(0, 1)
     if inverted:
-        chosen = jax.random.bernoulli(named_key(draws.key, "inversion"), inverted, (draws.number,))
+        key = named_key(draws.key, "inversion")
+        chosen = jax.random.bernoulli(key, float(inverted), (draws.number,))
         images = photometry.invert_garments(images, draws.own(chosen))
     if gamma:
         images = photometry.change_gamma(images, 2 ** draws.spread("gamma", gamma))
@@ -378,4 +380,5 @@ def change_light(
         normal = draws.own(jax.random.normal(named_key(draws.key, "noise"), shape))
         amount = photometry.per_image(draws.uniform("noise level", 0, noise))
         images = photometry.add_noise(images, amount * normal)
-    return images
+    # The draws are float32.
+    return images.astype(dtype)

@@ -113,7 +113,8 @@ def blur(images: Array, sigma: Array, largest: float) -> Array:
             ),
             start=jnp.zeros_like(images),
         )
-    return images
+    # The weights add up to 1 but for rounding.
+    return images.clip(0, 1)
 
 
 def add_noise(images: Array, noise: Array) -> Array:

@@ -297,7 +297,7 @@ def _decode(image: Image.Image, mode: str, side: int) -> tuple[np.ndarray, np.nd
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion would clip values of 16 or 32 bits at 255.
-        image = _to_uint8(image)
+        image = _with_transparency(_to_uint8(image), image)
     elif image.mode == "LAB":
         image = image.convert("RGB")  # Pillow converts it to nothing else.
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
@@ -324,6 +324,15 @@ def _to_uint8(image: Image.Image) -> Image.Image:
     top = 1 if is_fraction else 2 ** max(8, int(highest).bit_length()) - 1
     scaled = [(rows * (255 / top)).clip(0, 255).astype(np.uint8) for rows in _rows(image)]
     return Image.fromarray(np.concatenate(scaled))
+
+
+def _with_transparency(image: Image.Image, original: Image.Image) -> Image.Image:
+    """Gives a grey picture an alpha channel, if one value of its original is transparent."""
+    value = original.info.get("transparency")
+    if value is None:
+        return image
+    alpha = [np.where(rows == value, 0, 255).astype(np.uint8) for rows in _rows(original)]
+    return Image.merge("LA", (image, Image.fromarray(np.concatenate(alpha))))
 
 
 def _rows(image: Image.Image) -> Iterator[np.ndarray]:
