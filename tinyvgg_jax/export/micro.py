@@ -172,6 +172,7 @@ def _header(graph: Graph, card: Card, arena: int | None, size: int, name: str) -
         else "// How large an arena it needs is not known: tflite-micro was not installed here.\n"
         "// Begin with a large one and lower it until AllocateTensors fails."
     )
+    sized = ", and tiny_vgg::kArenaSize bytes are enough" if arena else ""
     return f"""\
 // Tiny VGG in int8 for TensorFlow Lite Micro: {size} bytes, by {card["package"]}.
 //
@@ -181,9 +182,9 @@ def _header(graph: Graph, card: Card, arena: int | None, size: int, name: str) -
 //       tflite::GetModel(tiny_vgg::kModel), resolver, arena, sizeof(arena));
 //   interpreter.AllocateTensors();
 //
-// The arena, uint8_t arena[tiny_vgg::kArenaSize], is to be aligned to 16 bytes. Versions of
-// TensorFlow Lite Micro before September 2024 do not know that a dense layer can have a scale for
-// each output, as here.
+// The arena, an array of uint8_t, is to be aligned to 16 bytes{sized}.
+// Versions of TensorFlow Lite Micro before September 2024 do not know that a dense layer can have a
+// scale for each output, as here.
 #pragma once
 
 #include <cstddef>

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -181,6 +182,8 @@ def formats_of(names: str, int8: bool) -> list[str]:
             )
         return found
     wanted = list(dict.fromkeys(names.split(",")))
+    if "all" in wanted:
+        raise UserError(f"{names!r} names formats beside all, but all stands alone.")
     for name in wanted:
         if name not in FORMATS:
             known = ", ".join([*FORMATS, "all"])
@@ -244,14 +247,30 @@ def export_run(
     workdir, formats = local_path(workdir), formats_of(",".join(formats), int8)
     if output is not None and len(formats) > 1:
         raise UserError(f"one file is named, and {len(formats)} formats are to be written.")
+    single_run_config(workdir)  # Nothing is written to a folder that holds no run.
     targets = {name: _target(workdir, name, int8, output) for name in formats}
     wanted = {*(("validation", "test") if verified else ()), *(("train", "test") if int8 else ())}
     if any(FORMATS[name].tested for name in formats):
         wanted.add("test")
+    # By default a GPU multiplies float32 numbers in TF32, with ten bits after the point.
+    with jax.default_matmul_precision("highest"):
+        return _export(workdir, step, int8, targets, wanted, verified, folders)
+
+
+def _export(
+    workdir: Path,
+    step: int | str,
+    int8: bool,
+    targets: dict[str, Path],
+    wanted: set[str],
+    verified: bool,
+    folders: DataFolders,
+) -> Exported:
+    """Exports a run's network to the files of each format, as `export_run` does."""
     trained, splits, evaluated = _load(workdir, step, int8, wanted, folders)
     check = Check(trained, splits["validation"], evaluated["validation"]) if verified else None
     files: list[Path] = []
-    for name in formats:
+    for name in targets:
         content = _content(name, trained, splits.get("train"), int8)
         _write(targets[name], content, partial(check.verify, name, int8) if check else None)
         files.append(targets[name])
@@ -259,7 +278,7 @@ def export_run(
             files += _write_micro(targets[name], content, trained, splits["test"])
     from tinyvgg_jax.export.torch import torch_module
 
-    module = torch_module(trained.model, trained.info.image_shape) if "torch" in formats else ""
+    module = torch_module(trained.model, trained.info.image_shape) if "torch" in targets else ""
     return Exported(files, check.table() if check else "", module)
 
 
@@ -293,7 +312,7 @@ def _load(
         **known,
     )
     predictions = {
-        name: SplitPredictions(splits[name].images, splits[name].labels, result.predicted)
+        name: SplitPredictions(splits[name].images, splits[name].labels, result.probabilities)
         for name, result in evaluated.items()
     }
     tested, verified_on = predictions.get("test"), predictions.get("validation")

@@ -6,7 +6,6 @@ and some test images. Nothing is fetched, which its Content-Security-Policy enfo
 
 import base64
 import hashlib
-import html
 import re
 from pathlib import Path
 from string import Template
@@ -19,9 +18,11 @@ import numpy as np
 from tinyvgg_jax.export import card as cards
 from tinyvgg_jax.export.card import Card
 from tinyvgg_jax.export.layers import Convolution, Layer, layers_of
+from tinyvgg_jax.export.verify import LARGEST_DIFFERENCE
 from tinyvgg_jax.model import TinyVGG, count_parameters
 from tinyvgg_jax.predict import Predictor
 from tinyvgg_jax.report.describe import describe_model
+from tinyvgg_jax.report.parts import text
 from tinyvgg_jax.report.scores import confusion_matrix
 
 _FOLDER = Path(__file__).parent
@@ -43,8 +44,8 @@ _IMPORT = re.compile(r"^import [^;]*;\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export ", re.MULTILINE)
 # Test images that the page brings: of each class so many that are predicted correctly, and others.
 _RIGHT_PER_CLASS, _MOST_RIGHT, _MOST_WRONG = 2, 24, 12
-# Networks with more parameters are rounded to 16 bits, if that changes no class. Those with fewer
-# make small pages all the same.
+# Networks with more parameters are rounded to 16 bits, if the page is verified all the same. Those
+# with fewer make small pages anyway.
 _SMALL = 200_000
 
 
@@ -54,12 +55,17 @@ class SplitPredictions(NamedTuple):
     Attributes:
         images: `[N, H, W, C]` uint8.
         labels: `[N]` int, true classes.
-        predicted: `[N]` int, predicted classes.
+        probabilities: `[N, num_classes]`, predicted probabilities of the classes.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    predicted: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Predicted classes, `[N]` int."""
+        return self.probabilities.argmax(axis=1)
 
 
 def to_page(
@@ -73,7 +79,7 @@ def to_page(
     """Exports a network to a page for the browser.
 
     More than 200,000 parameters are rounded to 16 bits, unless that changes the class of an image
-    of `verified_on`.
+    of `verified_on`, or a probability by more than 0.01.
 
     Args:
         model: the network; whatever its dtype, the page computes in float32 or more.
@@ -130,7 +136,7 @@ def to_page(
 def _rounded(
     model: TinyVGG, params: Any, tested: SplitPredictions, exact: SplitPredictions
 ) -> tuple[np.dtype[Any], SplitPredictions]:
-    """Rounds a large network to float16, little-endian, if that keeps the classes of `exact`.
+    """Rounds a large network to float16, little-endian, if it predicts almost the same of `exact`.
 
     Returns:
         The dtype, float32 if it is not rounded; and what the network then predicts of `tested`.
@@ -145,12 +151,16 @@ def _rounded(
     shape = exact.images.shape[1:]
     network = Predictor(model.clone(dtype=jnp.float32, native=False), rounded, shape, names)
 
-    def predict(images: np.ndarray) -> np.ndarray:
-        return network.probabilities(images, 250).argmax(axis=1)
+    def predict(split: SplitPredictions) -> SplitPredictions:
+        return split._replace(probabilities=network.probabilities(split.images, 250))
 
-    if (predict(exact.images) != exact.predicted).any():
+    found = predict(exact)
+    if (found.predicted != exact.predicted).any():
         return whole, tested
-    return half, tested._replace(predicted=predict(tested.images))
+    # Written so that no number that is not finite passes.
+    if not np.abs(found.probabilities - exact.probabilities).max() <= LARGEST_DIFFERENCE:
+        return whole, tested
+    return half, predict(tested)
 
 
 def _arrays(layer: Layer, dtype: np.dtype[Any]) -> bytes:
@@ -220,10 +230,10 @@ def _filled(
         ]
     )
     page = Template((_FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
-        title=html.escape(title),
-        facts=html.escape(facts),
-        made=html.escape(made),
-        policy=html.escape(policy),
+        title=text(title),
+        facts=text(facts),
+        made=text(made),
+        policy=text(policy),
         style=style,
         script=script,
         worker=_script(_WORKER_MODULES),
