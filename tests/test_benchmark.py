@@ -118,6 +118,12 @@ def test_the_peer_takes_part_in_every_dtype() -> None:
     assert not any(one.is_peer for one in train(alone, 32)[1] + epoch(alone)[1])
 
 
+def test_all_contestants_of_a_large_batch_have_room_on_a_gpu() -> None:
+    setting = Setting(False, ("float32", "bfloat16"), "torch")
+    counts = {size: sum(c.is_peer for c in train(setting, size)[1]) for size in (512, 4096)}
+    assert counts == {512: 16, 4096: 4}
+
+
 @pytest.mark.parametrize(
     ("text", "model", "instructions"),
     [

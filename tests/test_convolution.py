@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 
 import jax
@@ -269,3 +270,37 @@ def test_the_fused_operation_keeps_a_byte_for_each_square() -> None:
         (kernel.shape, "float32"),
         ((2, 4, 4, 16), "uint8"),
     }
+
+
+# On a GPU
+
+
+def test_kernel_gradients_of_several_runs_are_what_xla_knows_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The groups are of the batch; with groups of features, XLA would run them forwards."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def loss(kernel: Array, images: Array) -> Array:
+        return convolution_relu(images, kernel, jnp.zeros(8)).sum()
+
+    runs = (jnp.zeros((5, 3, 3, 4, 8)), jnp.zeros((5, 16, 12, 12, 4)))
+    gradients = jax.jit(jax.vmap(jax.grad(loss)))
+    text = gradients.trace(*runs).lower(lowering_platforms=("cuda",)).as_text()
+    pattern = r"batch_group_count = (\d+) : i64.*feature_group_count = (\d+) : i64"
+    assert sorted(re.findall(pattern, text)) == [("1", "5"), ("5", "1")]
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, 0), (0, None, 0), (0, 0, None)])
+def test_kernel_gradients_of_several_runs_are_those_of_each(axes: tuple[int | None, ...]) -> None:
+    rng = np.random.default_rng(0)
+    shapes = ((2, 7, 6, 3), (3, 3, 3, 4), (2, 7, 6, 4))
+    arrays = [
+        jnp.asarray(rng.standard_normal(shape if axis is None else (5, *shape)), jnp.float32)
+        for shape, axis in zip(shapes, axes, strict=True)
+    ]
+    found = jax.vmap(convolution._kernel_gradient, in_axes=axes)(*arrays)
+    for run in range(5):
+        own = [a if axis is None else a[run] for a, axis in zip(arrays, axes, strict=True)]
+        expected = convolution._kernel_gradient(*own)
+        np.testing.assert_allclose(found[run], expected, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,11 @@ from tinyvgg_jax.system import enable_compilation_cache
 @pytest.fixture
 def no_folder_set() -> Iterator[None]:
     """As in a fresh process, where JAX has not been told where to keep programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_enable_xla_caches",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     programs = compilation_cache._cache
     jax.config.update("jax_compilation_cache_dir", None)
@@ -34,6 +38,8 @@ def test_programs_are_kept_in_it(
     folder = tmp_path / "tinyvgg_jax" / "compiled"
     assert jax.config.jax_compilation_cache_dir == str(folder)  # type: ignore[attr-defined]
     assert folder.is_dir()
+    # XLA keeps nothing beside them, which it would do without a digest.
+    assert jax.config.jax_persistent_cache_enable_xla_caches == "none"  # type: ignore[attr-defined]
 
 
 def flip(path: Path) -> None:

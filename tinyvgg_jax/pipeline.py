@@ -107,8 +107,18 @@ def limit_queue(calls: Iterator[CallResult]) -> Iterator[CallResult]:
         yield result
 
 
+@jax.jit
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@partial(jax.jit, static_argnums=1)
+def _slices(tree: Any, count: int) -> list[Any]:
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
+
+
 def stack(trees: list[Any], mesh: Mesh | None = None) -> Any:
-    """Stacks several runs' arrays along a new leading axis; a single run's stay as they are.
+    """Stacks several runs' arrays along a new leading axis, in one program.
 
     Args:
         trees: one for each of K runs, of the same structure and shapes.
@@ -116,20 +126,15 @@ def stack(trees: list[Any], mesh: Mesh | None = None) -> Any:
             device has the same number of them.
 
     Returns:
-        For K > 1 a tree of `[K, ...]` arrays, which the pipelines take as K runs; else the tree.
+        A tree of `[K, ...]` arrays, which the pipelines take as K runs.
     """
-    if len(trees) == 1:
-        return trees[0]
-    repeats = -len(trees) % num_devices(mesh)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees, *trees[-1:] * repeats)
+    stacked = _stacked([*trees, *trees[-1:] * (-len(trees) % num_devices(mesh))])
     return stacked if mesh is None else jax.device_put(stacked, NamedSharding(mesh, SPLIT))
 
 
 def unstack(tree: Any, count: int) -> list[Any]:
     """Slices a tree that `stack` made from `count` trees into these trees."""
-    if count == 1:
-        return [tree]
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
+    return _slices(tree, count)
 
 
 class StreamPipeline:

@@ -55,6 +55,9 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     # By default JAX does not keep a program that compiles within a second. A run has several.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # XLA's own files beside it have no digest, and where one cannot be written, a GPU's compiler
+    # ends the process.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     # JAX has no public way to replace its cache. A version without this name uses its own.
     with contextlib.suppress(ImportError):
         from jax._src import compilation_cache

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     # the peak would not show how much is needed.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
-        with raised_signals():
+        with raised_signals("finished parts are written."):
             if arguments.report is not None:
                 return _run_report(arguments, argv)
             _run_cases(arguments)

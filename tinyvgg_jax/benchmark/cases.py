@@ -23,6 +23,9 @@ _XLA_ONLY = {"TINYVGG_JAX_NATIVE": "0"}
 EXAMPLES, BATCH_SIZE, EPOCHS = 55_000, 32, 10
 # Number of examples in the cases that need no whole split.
 _FEW_EXAMPLES = 12_800
+# All contestants hold their memory at the same time, which from this batch size on is too much for
+# one GPU if PyTorch has 16 of them.
+_LARGE_BATCH = 4096
 
 
 class Setting(NamedTuple):
@@ -104,6 +107,8 @@ def startup(setting: Setting) -> Iterator[Case]:
 def train(setting: Setting, batch_size: int) -> Case:
     """Makes the case of training steps on images that are ready, with the roofs of the device."""
     case = setting.case("train", batch_size, max(_FEW_EXAMPLES, 100 * batch_size))
+    if not setting.on_cpu and batch_size >= _LARGE_BATCH:
+        setting = setting._replace(brief=True)
     return case, [*_jax(setting), *_torch(setting, training=True), *_roofs(setting)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.benchmark.worker import Prepared, serve
-from tinyvgg_jax.data import Split, epoch_order, on_device, stream
+from tinyvgg_jax.data import Split, epoch_order, stream
 from tinyvgg_jax.devices import find_mesh, num_devices, replicate
 from tinyvgg_jax.model import TinyVGG, apply, cast_params
 from tinyvgg_jax.optimizer import make_optimizer
@@ -93,9 +93,7 @@ def train(case: dict[str, Any]) -> Prepared:
     run(1)
 
     def facts() -> dict[str, Any]:
-        if mesh is not None:
-            return device_facts() | {"devices": num_devices(mesh)}
-        return device_facts() | {"counted_flops": xla_flops(step, init, case), "devices": 1}
+        return device_facts() | {"devices": 1 if mesh is None else num_devices(mesh)}
 
     return Prepared(run, facts)
 
@@ -110,17 +108,6 @@ def endless(
             state, sums = result.state, result.sums
             yield result, result.step - done
             done = result.step
-
-
-def xla_flops(step: Any, init: Any, case: dict[str, Any]) -> float | None:
-    """Asks XLA for the floating-point operations of a step; it cannot see those of the C code.
-
-    The program is counted before it is compiled: on a GPU, much of it is calls of cuDNN afterwards.
-    """
-    state: TrainState = jax.eval_shape(init, jax.random.key(0))
-    batch = on_device(synthetic_split(case["batch_size"]))
-    analysis = jax.jit(step).lower(state, batch, jax.random.key(0)).cost_analysis()
-    return None if analysis is None else analysis.get("flops")
 
 
 def infer(case: dict[str, Any]) -> Prepared:

@@ -235,6 +235,7 @@ def _recipe_steps(recipe: str, size: Size, at_once: bool) -> Generator[Progress]
         fresh = {
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
             # A worker that is killed leaves its run's folder behind.
             "TMPDIR": folder,
         }

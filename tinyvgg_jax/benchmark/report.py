@@ -24,12 +24,14 @@ _EXPLANATION = (
     "Medians with the lowest and the highest of n turns; accuracies as mean ± standard deviation "
     "of n seeds. Contestants take turns, each in a process of its own; a ratio is the median of "
     "the ratios of the rounds. float32 products are TF32 on a GPU that has it. The first step ends "
-    "so long after the start of its process, which finds what earlier ones have compiled. Memory "
-    "is the device's, or on a CPU the process's. A run is one call of `train_and_evaluate`: data, "
-    "compilation, training, validation and saving after each epoch, evaluation of three splits; "
-    "the first run of a part compiles, later ones find its programs. The time to an accuracy runs "
-    "from that call to the end of the first epoch whose accuracy on validation reaches it; without "
-    "compilation, the first epoch counts as long as the median of the others."
+    "so long after the start of its process, which finds what earlier ones have compiled; on a GPU "
+    "this package's first call takes up to a hundred steps. Memory is the device's, or on a CPU "
+    "the process's; on a GPU this package's includes what XLA tries while it compiles. A run is "
+    "one call of `train_and_evaluate`: data, compilation, training, validation and saving after "
+    "each epoch, evaluation of three splits; the first run of a part compiles, later ones find its "
+    "programs. The time to an accuracy runs from that call to the end of the first epoch whose "
+    "accuracy on validation reaches it; without compilation, the first epoch counts as long as the "
+    "median of the others."
 )
 
 

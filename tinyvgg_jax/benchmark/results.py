@@ -161,7 +161,4 @@ def table(entry: dict[str, Any], results: list[Result], where: str) -> str:
             line += f"{EPOCHS * (EXAMPLES // BATCH_SIZE) * result.median:>10.1f} s"
         lines.append(line)
     lines += [f"  {sentence}" for sentence in conclusions(entry)]
-    counted = [result.facts.get("counted_flops") for result in results if result.is_compared]
-    if counted and counted[0]:
-        lines.append(f"  XLA counts {counted[0] / 1e9:.1f} GFLOP, without those of the C code")
     return "\n".join(lines)

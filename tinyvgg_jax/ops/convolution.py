@@ -118,8 +118,34 @@ def _gradients_in_c(images: Array, kernel: Array, gradient: Array, gate: Array) 
 
 def _gradients_in_xla(images: Array, kernel: Array, gradient: Array) -> Gradients:
     """Computes all gradients by XLA from the gradient behind the ReLU's gate."""
-    of_images, of_kernel = jax.vjp(_same_convolution, images, kernel)[1](gradient)
-    return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
+    _, input_vjp = jax.vjp(partial(_same_convolution, kernel=kernel), images)
+    of_kernel = _kernel_gradient(images, kernel, gradient)
+    return input_vjp(gradient)[0], of_kernel, gradient.sum(axis=(0, 1, 2))
+
+
+@jax.custom_batching.custom_vmap
+def _kernel_gradient(images: Array, kernel: Array, gradient: Array) -> Array:
+    """Computes the kernel's gradient by XLA; it depends on the shape of `kernel` only."""
+    return jax.vjp(partial(_same_convolution, images), kernel)[1](gradient)[0]
+
+
+@_kernel_gradient.def_vmap
+def _kernel_gradients(
+    runs: int, batched: list[bool], images: Array, kernel: Array, gradient: Array
+) -> tuple[Array, bool]:
+    """Computes the gradients of the kernels of several runs.
+
+    From the gradient's own convolution, `vmap` would make one with a group of features for each
+    run. XLA does not recognise that as the gradient of kernels, and runs it forwards, with windows
+    as large as the images. The gradient of the mapped convolution is one with a group of the batch
+    for each run, which it does recognise.
+    """
+    images, kernel, gradient = (
+        array if mapped else jnp.broadcast_to(array, (runs, *array.shape))
+        for array, mapped in zip((images, kernel, gradient), batched, strict=True)
+    )
+    convolve = jax.vmap(_same_convolution)
+    return jax.vjp(partial(convolve, images), kernel)[1](gradient)[0], True
 
 
 def convolution_relu(images: Array, kernel: Array, bias: Array) -> Array:
