@@ -127,6 +127,14 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
+def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        shutil.rmtree(tmp_path / "c")
+        with pytest.raises(UserError, match=r"cannot save a checkpoint in .*No such file"):
+            checkpoints.save(1, params(1), opt_state(1), {}, 0.5)
+        (tmp_path / "c").mkdir()
+
+
 def data_file(item: Path) -> Path:
     """Finds the largest file of an item, which holds the arrays."""
     return max((f for f in item.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)

@@ -83,7 +83,7 @@ def steps_on(fields: dict[str, Any], num_devices: int, pipeline: str) -> dict[st
     """The first eight steps: their sums, and the size and compilations of what they end in."""
     run = make(fields, **EVERYTHING, **{"num_devices": num_devices, "data.pipeline": pipeline})
     state = first_state(run)
-    steps = make_pipeline([run])
+    steps = make_pipeline([run], stacked=False)
     losses = []
     for result in steps.epoch(state.train, state.sums, 0, 0):
         losses.append(float(result.sums.loss))
@@ -124,7 +124,7 @@ def collectives_of(fields: dict[str, Any], pipeline: str) -> dict[str, Any]:
     """Lists what devices exchange in the program of a step."""
     run = make(fields, **{"batch_size": 24, "data.pipeline": pipeline})
     state = first_state(run)
-    steps = make_pipeline([run])
+    steps = make_pipeline([run], stacked=False)
     programs: list[str] = []
 
     def spy(*arguments: Any) -> Any:
@@ -177,8 +177,8 @@ def test_each_device_holds_its_share_of_a_streamed_batch(fields: dict[str, Any])
 OF_SEEDS = EVERYTHING | {"batch_size": 30, "num_epochs": 1}
 
 
-def train_seeds(fields: dict[str, Any], workdir: str) -> dict[str, Any]:
-    return train_and_evaluate(config_of(fields, **OF_SEEDS, num_seeds=5), workdir)
+def train_seeds(fields: dict[str, Any], workdir: str, num_seeds: int = 5) -> dict[str, Any]:
+    return train_and_evaluate(config_of(fields, **OF_SEEDS, num_seeds=num_seeds), workdir)
 
 
 def test_seeds_are_spread_over_the_devices(fields: dict[str, Any], tmp_path: Path) -> None:
@@ -192,6 +192,20 @@ def test_seeds_are_spread_over_the_devices(fields: dict[str, Any], tmp_path: Pat
         )
     ours, theirs = (found["seeds"]["train_loss"]["values"] for found in (on_four_devices, in_turn))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def train_a_seed_more(fields: dict[str, Any], workdir: str) -> dict[str, Any]:
+    train_seeds(fields, workdir, 2)
+    return train_seeds(fields, workdir, 3)
+
+
+def test_a_seed_that_is_left_alone_is_trained_on_whole_batches(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    on_four(train_a_seed_more, fields, str(tmp_path / "four"))
+    train_and_evaluate(config_of(fields, **OF_SEEDS, seed=fields["seed"] + 2), tmp_path / "one")
+    ours, theirs = restore(tmp_path / "four" / "seed_2")[1], restore(tmp_path / "one")[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, theirs)
 
 
 # From one number of devices to another

@@ -60,11 +60,14 @@ def assert_close(ours: Any, theirs: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, theirs)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_all_at_once_is_each_alone_to_rounding(
-    modern: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    modern: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
+    """On a CPU a program holds the runs one after another, on a GPU mapped by `jax.vmap`."""
     one_by_one = train_and_evaluate(modern, tmp_path / "in turn")
     monkeypatch.setattr(train, "_accelerated", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     together = train_and_evaluate(modern, tmp_path / "together")
     for seed in (5, 6):
         ours, theirs = (tmp_path / name / f"seed_{seed}" for name in ("together", "in turn"))
@@ -189,6 +192,16 @@ def test_a_seed_that_diverges_is_named_among_those_that_train_with_it(
     config.num_seeds = 2
     with pytest.raises(DivergedError, match=r"at step 1\. What was saved .* kept in .*seed_1\."):
         train_and_evaluate(config, tmp_path)
+
+
+def test_random_numbers_follow_from_the_seed_however_jax_is_set(
+    modern: ConfigDict, tmp_path: Path
+) -> None:
+    modern.num_seeds, modern.num_epochs, modern.warmup_epochs = 1, 1, 0.0
+    expected = train_and_evaluate(modern, tmp_path / "default")
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+        found = train_and_evaluate(modern, tmp_path / "other")
+    assert found["train_loss"] == expected["train_loss"]
 
 
 def test_seeds_that_have_not_begun_are_said_to_be_missing(

@@ -302,7 +302,29 @@ def test_checkpoints_of_nobody_knows_what_are_not_adopted(
     train_and_evaluate(config, tmp_path)
     (tmp_path / "config.json").unlink()
     config.seed = 5
-    with pytest.raises(UserError, match=r"holds checkpoints, but no config.json"):
+    with pytest.raises(UserError, match=r"holds checkpoints, .*, but no config.json"):
+        train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+def test_files_of_another_program_are_left_alone(
+    config: ConfigDict, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(UserError, match=rf"holds {name}, but no config.json"):
+        train_and_evaluate(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "theirs"
+
+
+def test_without_room_on_the_device_the_error_says_what_to_do(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(DevicePipeline, "epoch", full)
+    with pytest.raises(UserError, match=r"no room for this run\. Lower config\.batch_size"):
         train_and_evaluate(config, tmp_path)
 
 

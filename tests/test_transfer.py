@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tinyvgg_jax import train_and_evaluate
+from tinyvgg_jax import processes, train_and_evaluate
+from tinyvgg_jax.config import validated
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.runs.files import write_json
 from tinyvgg_jax.runs.restore import restore
@@ -157,12 +158,25 @@ def test_a_damaged_source_is_said(
     assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
 
 
+def test_a_source_that_one_process_cannot_reach_ends_all(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.init_from = str(tmp_path / "nothing")
+    made = make_run(validated(config), tmp_path / "run")
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    # As if this were the second process, and the first had found the source.
+    monkeypatch.setattr(processes, "exchange", lambda message: [None, message])
+    with pytest.raises(UserError, match=r"process 1: config\.init_from: .* holds no run"):
+        with_source(made)
+
+
 def test_a_source_that_does_not_fit_leaves_nothing_behind(
     config: ConfigDict, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     config.model.widths, config.model.hidden = (5, 9), 16
     for source, words in (
         (tmp_path / "nothing", "config.init_from: "),
+        ("n" * 300 + ":5", "config.init_from: .*File name too long"),
         (trained[0], "is another network in every layer"),
     ):
         config.init_from = str(source)

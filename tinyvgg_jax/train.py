@@ -18,7 +18,7 @@ from tinyvgg_jax import config as config_lib
 from tinyvgg_jax import processes
 from tinyvgg_jax.data import Split, fits_on_device
 from tinyvgg_jax.devices import find_mesh, num_devices, replicate, require_even_batches
-from tinyvgg_jax.errors import DivergedError, InterruptedRunError
+from tinyvgg_jax.errors import DivergedError, InterruptedRunError, UserError, first_line
 from tinyvgg_jax.evaluate import Evaluation, evaluate
 from tinyvgg_jax.model import count_parameters
 from tinyvgg_jax.paths import local_path
@@ -83,18 +83,27 @@ def train_and_evaluate(
     """
     config = config_lib.validated(config)
     workdir = local_path(workdir).absolute()
-    # A run is float32, or bfloat16, by its config, however wide or strict JAX is set for arrays.
-    # Optax does not follow JAX's strict rules itself.
+    # A run is float32, or bfloat16, by its config, and its random numbers follow from its seed,
+    # however JAX is set. Optax does not follow JAX's strict rules itself.
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
+        jax.threefry_partitionable(True),
     ):
         require_same_config(config)
         config = processes.first_then_others(lambda: find_data(config))
-        if config.num_seeds > 1:
-            return train_seeds(config, workdir)
-        return train_together({workdir: config}, Command(workdir, {workdir: ""}))[0]
+        try:
+            if config.num_seeds > 1:
+                return train_seeds(config, workdir)
+            return train_together({workdir: config}, Command(workdir, {workdir: ""}))[0]
+        except jax.errors.JaxRuntimeError as error:
+            if not _has_no_room(error):
+                raise
+            raise UserError(
+                "the device has no room for this run. Lower config.batch_size, take a smaller "
+                f"network, or see what else uses the device. {first_line(error)}"
+            ) from error
 
 
 def require_same_config(config: ConfigDict) -> None:
@@ -141,7 +150,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             try:
                 summaries = train_together(configs, command, run.splits)
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
+                if not _has_no_room(error):
                     raise
                 require_even_batches(config.batch_size, run.mesh)
                 logger.warning("The device has no room for all seeds at once; one after another.")
@@ -152,6 +161,11 @@ def train_seeds(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         summary = seeds.summarise(summaries)
         processes.on_first(lambda: files.write_json(workdir / "summary.json", summary))
     return summary
+
+
+def _has_no_room(error: jax.errors.JaxRuntimeError) -> bool:
+    """Tells whether a device had too little memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _accelerated() -> bool:
@@ -191,7 +205,10 @@ def train_together(
             for member in members:
                 groups.setdefault(int(member.state.train.step), []).append(member)
             for group in groups.values():
-                train(group, command)
+                # One that is left alone is spread over the devices all the same, since its batches
+                # need not be such that these can share them.
+                stacked = len(group) > 1 or (len(runs) > 1 and group[0].run.mesh is not None)
+                train(group, command, stacked)
         return [finish(member.run, member.state, command) for member in members]
 
 
@@ -243,18 +260,20 @@ def restore_member(run: Run, command: Command, open_checkpoints: contextlib.Exit
     return Member(run, state or first_state(run), checkpoints)
 
 
-def train(members: list[Member], command: Command) -> None:
+def train(members: list[Member], command: Command, stacked: bool) -> None:
     """Trains runs that are at the same step to the end of their last epoch.
 
     Args:
         members: runs that differ in their seeds only. Their states change.
         command: the call that trains them.
+        stacked: whether their arrays are stacked, and the runs spread over the devices; needed for
+            more than one.
     """
     run, history = members[0].run, members[0].state.history
     num_epochs, batch_size = run.config.num_epochs, run.config.batch_size
     if len(history) == num_epochs:
         return
-    pipeline = make_pipeline([member.run for member in members])
+    pipeline = make_pipeline([member.run for member in members], stacked)
     profiled = run.config.profile and processes.is_first()
     profile = Profile(files.subfolder(run.workdir, "profile") if profiled else None)
     progress = TrainingProgress([member.run for member in members], command)
@@ -264,7 +283,7 @@ def train(members: list[Member], command: Command) -> None:
         for epoch in range(len(history), num_epochs):
             # -- Steps: compiled calls, of one step or of many, until the epoch's end or a signal.
             states = [(member.state.train, member.state.sums) for member in members]
-            state, sums = stack(states, run.mesh)
+            state, sums = stack(states, run.mesh) if stacked else states[0]
             first_step = int(members[0].state.train.step) - epoch * run.steps_per_epoch
             start = time.perf_counter()
             with progress.epoch(epoch, first_step):
@@ -284,7 +303,8 @@ def train(members: list[Member], command: Command) -> None:
 
             # -- Each run takes its slice of the stacked state and its share of the time.
             seconds = (time.perf_counter() - start) / len(members)
-            for member, own in zip(members, unstack((state, sums), len(members)), strict=True):
+            own_states = unstack((state, sums), len(members)) if stacked else [(state, sums)]
+            for member, own in zip(members, own_states, strict=True):
                 member.state.train, member.state.sums = own
                 member.state.seconds += seconds
 
@@ -321,22 +341,23 @@ def write_records(member: Member, writer: TensorBoard | None) -> None:
     writer.add(member.state.history[-1])
 
 
-def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
+def make_pipeline(runs: list[Run], stacked: bool) -> StreamPipeline | DevicePipeline:
     """Chooses how the steps of an epoch run: on images on the device, or on batches from the host.
 
     Args:
-        runs: runs that differ in their seeds only. Several need their images on the device, and
-            are spread over the devices; a single one shares each batch among them.
+        runs: runs that differ in their seeds only.
+        stacked: whether their arrays are stacked. Such runs need their images on the device, and
+            are spread over the devices; any other shares each batch among them.
     """
     run, mesh = runs[0], runs[0].mesh
     config, split = run.config, run.splits["train"]
-    keys = stack([run.keys for run in runs], mesh)
-    step = run.train_step(shared=mesh is not None and len(runs) == 1)
+    keys = stack([run.keys for run in runs], mesh) if stacked else run.keys
+    step = run.train_step(shared=mesh is not None and not stacked)
     wanted = config.data.pipeline
     if wanted == "auto":
         # Processes must run the same program, although their devices may have different memory.
         wanted = "device" if all(processes.exchange(fits_on_device(split))) else "stream"
-    if len(runs) > 1 or wanted == "device":
+    if stacked or wanted == "device":
         return DevicePipeline(step, split, config.batch_size, keys, mesh=mesh)
     return StreamPipeline(step, split, config.batch_size, keys, mesh)
 
@@ -344,7 +365,7 @@ def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
 def fetch(sums: StepSums, members: list[Member]) -> StepSums:
     """Fetches sums from the device."""
     fetched: StepSums = jax.device_get(sums)
-    if len(members) > 1:
+    if fetched.loss.ndim:
         # Runs may have been repeated, so that each device has the same number of them.
         fetched = StepSums(*(leaf[: len(members)] for leaf in fetched))
     return fetched

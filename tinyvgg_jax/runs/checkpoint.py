@@ -226,7 +226,8 @@ class Checkpoints:
 
     def _require_room(self, size: int) -> None:
         """Checks, before a partial write, that the disk has room for arrays of `size` bytes."""
-        free = shutil.disk_usage(self._folder).free
+        with self._as_user_error("cannot save a checkpoint"):
+            free = shutil.disk_usage(self._folder).free
         # Twice the size leaves room for Orbax's metadata.
         if free < 2 * size:
             has, needs = distinct_sizes(free, 2 * size)

@@ -169,15 +169,17 @@ def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
     depend on it, and the number of seeds if both are more than 1.
 
     Raises:
-        UserError: if the folder holds another run, more seeds, or checkpoints without a config.
+        UserError: if the folder holds another run, more seeds, or files of a run without a config.
     """
     path = workdir / "config.json"
     with writing_to(workdir):
-        is_run, has_checkpoints = path.exists(), (workdir / "checkpoints").exists()
-    if has_checkpoints and not is_run:
+        is_run = path.exists()
+        names = ("checkpoints", "metrics.jsonl", "summary.json")
+        others = [name for name in names if (workdir / name).exists()]
+    if others and not is_run:
         raise UserError(
-            f"{workdir} holds checkpoints, but no config.json that describes them. Put it back, or "
-            "pass another --workdir."
+            f"{workdir} holds {', '.join(others)}, but no config.json that describes them. Put "
+            "it back, or pass another --workdir."
         )
     if is_run:
         theirs = read_config(workdir)

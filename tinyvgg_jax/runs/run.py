@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tinyvgg_jax import processes
 from tinyvgg_jax.augment import augment
 from tinyvgg_jax.config import with_splits
 from tinyvgg_jax.data import (
@@ -43,7 +44,12 @@ from tinyvgg_jax.pipeline import Keys
 from tinyvgg_jax.runs.checkpoint import Checkpoints
 from tinyvgg_jax.runs.folder import steps_taken
 from tinyvgg_jax.runs.restore import abstract_params, build_model
-from tinyvgg_jax.runs.transfer import fitting_layers, frozen_layers, trained_network
+from tinyvgg_jax.runs.transfer import (
+    fitting_layers,
+    frozen_layers,
+    require_run,
+    trained_network,
+)
 from tinyvgg_jax.step import (
     StepSums,
     TrainState,
@@ -98,7 +104,7 @@ class Run:
     @functools.cached_property
     def key(self) -> Array:
         """The PRNG key of the run's seed, from which all its keys are derived."""
-        return jax.random.key(self.config.seed)
+        return jax.random.key(self.config.seed, impl="threefry2x32")
 
     @property
     def keys(self) -> Keys:
@@ -251,7 +257,10 @@ def with_source(run: Run) -> Run:
     """
     if run.config.init_from is None or steps_taken(run.workdir):
         return run
-    trained = trained_network(run.config.init_from)
+    # Reading the checkpoint is a matter of all processes, which must not begin with some of them.
+    source_name = run.config.init_from
+    processes.together(lambda: require_run(source_name))
+    trained = trained_network(source_name)
     layers = abstract_params(run.model, run.info.image_shape)
     source = trained.params
     if trained.class_names != run.info.class_names:

@@ -1,14 +1,17 @@
 """Starting from a trained run: its parameters where they fit, new ones elsewhere."""
 
+import contextlib
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.paths import local_path, status_of
 from tinyvgg_jax.runs.folder import read_dataset
-from tinyvgg_jax.runs.restore import restore
+from tinyvgg_jax.runs.restore import restore, single_run_config
 
 
 class Trained(NamedTuple):
@@ -36,13 +39,37 @@ def trained_network(source: str) -> Trained:
     Raises:
         UserError: if there is no such run or checkpoint, or it is damaged.
     """
-    folder, step = source, "best"
-    # A folder's own name may end like that.
-    if not local_path(source).exists() and (found := re.fullmatch(r"(.+):(\w+)", source)):
-        folder, step = found[1], found[2]
-    try:
+    with _naming_the_field():
+        folder, step = _folder_and_step(source)
         params = restore(folder, int(step) if step.isdecimal() else step)[1]
-        return Trained(params, read_dataset(local_path(folder)).class_names)
+        return Trained(params, read_dataset(folder).class_names)
+
+
+def require_run(source: str) -> None:
+    """Checks that there is a run to start from, without asking other processes.
+
+    Raises:
+        UserError: if there is none.
+    """
+    with _naming_the_field():
+        folder, _ = _folder_and_step(source)
+        single_run_config(folder)
+        if status_of(folder / "checkpoints") is None:
+            raise UserError(f"{folder} holds no checkpoint yet.")
+
+
+def _folder_and_step(source: str) -> tuple[Path, str]:
+    found = re.fullmatch(r"(.+):(\w+)", source)
+    # A folder's own name may end like that.
+    if found and status_of(local_path(source)) is None:
+        return local_path(found[1]), found[2]
+    return local_path(source), "best"
+
+
+@contextlib.contextmanager
+def _naming_the_field() -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise UserError(f"config.init_from: {error}") from error
 
