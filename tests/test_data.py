@@ -1,14 +1,18 @@
 import gzip
 import hashlib
+import http.client
+import json
 import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +35,8 @@ from tinyvgg_jax.data import (
     splits,
     stream,
 )
-from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.data.folder import Options
+from tinyvgg_jax.errors import InterruptedRunError, UserError
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -206,6 +211,16 @@ def test_killed_half_way_leaves_nothing_that_looks_prepared(
     assert len(loaded["a"]) == TRAIN_SIZE
 
 
+def test_a_signal_to_end_leaves_no_scratch_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InterruptedRunError, match="interrupted by SIGTERM; nothing was prepared"),
+        prepare._scratch("bars", tmp_path) as scratch,
+    ):
+        assert scratch.is_dir()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Fetching
 
 
@@ -241,9 +256,16 @@ def test_the_sources_are_asked_in_order_and_a_wrong_content_is_passed_over(
     monkeypatch.setattr(idx, "unlike_fashion_mnist", lambda folder: unlike[folder])
     assert fetch.fetch_fashion_mnist(tmp_path) == good
     assert asked == ["download", "apt"]
+
+    # A captive portal answers with what is no HTTP.
+    def no_http(_: Path) -> Path:
+        raise http.client.BadStatusLine("login")
+
+    monkeypatch.setattr(fetch, "_download", no_http)
+    assert fetch.fetch_fashion_mnist(tmp_path) == good
     unlike[installed] = []
     assert fetch.fetch_fashion_mnist(tmp_path) == installed
-    assert asked == ["download", "apt"]
+    assert asked == ["download", "apt", "apt"]
 
 
 def test_the_package_is_fetched_with_private_folders_and_unpacked(
@@ -443,6 +465,62 @@ def test_a_damaged_set_is_one_clear_error(
         load(bars)
     message = str(caught.value)
     assert str(bars.parent.parent) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 29 GiB"), "there is too little memory for the split"),
+        (PermissionError(13, "Permission denied"), "cannot be read: .*If it is damaged, remove"),
+        (UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates"), "this path is no UTF-8 text"),
+    ],
+)
+def test_an_intact_set_is_not_called_damaged(
+    bars: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(splits, "_source", fail)
+    with pytest.raises(UserError, match=message):
+        load(bars)
+
+
+def test_a_file_that_is_closed_to_this_user_is_no_damage(
+    bars: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: str) -> Any:  # Root may read every file.
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(splits, "open_regular", closed)
+    with pytest.raises(UserError, match=r"cannot be read: .*Permission denied.*array_record"):
+        load(bars)
+
+
+def test_a_set_without_a_train_split_has_the_splits_that_are_asked_for(bars: Path) -> None:
+    info = bars / "dataset_info.json"
+    content = json.loads(info.read_text())
+    content["splits"] = [split for split in content["splits"] if split["name"] == "test"]
+    info.write_text(json.dumps(content))
+    dataset = find_dataset("bars", str(bars.parent.parent))
+    assert dataset.num_examples("test[:60%]") == 42
+    with pytest.raises(UserError, match=r"unknown split 'train\[:90%\]'"):
+        dataset.ranges(dataset.default_splits()["train"])
+
+
+@pytest.mark.parametrize("function", ["is_dir", "is_file"])
+def test_a_source_that_may_not_be_entered_is_one_line(
+    bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, function, refuse)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: permission denied"):
+        prepare.check_name("fashion_mnist", tmp_path)
+    if function == "is_file":
+        with pytest.raises(UserError, match=f"{tmp_path} cannot be read: permission denied"):
+            prepare.describe_source(tmp_path, Options())
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -342,6 +342,7 @@ def never(message: str) -> None:
             ("localhost:99999", 2, 0),
             "--coordinator_address must be HOST:PORT, not 'localhost:99999'.",
         ),
+        (("node..x:1", 2, 0), "--coordinator_address node..x:1 names no host."),
         (("localhost:1", 0, 0), "--num_processes must be at least 1, not 0."),
         (("localhost:1", 2, 2), "--process_id must be from 0 to 1, not 2."),
         (("localhost:1", 2, -1), "--process_id must be from 0 to 1, not -1."),

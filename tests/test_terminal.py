@@ -1,13 +1,18 @@
 """Whatever files and folders are named, they cannot steer the terminal."""
 
+import io
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tinyvgg_jax import data, report
 from tinyvgg_jax.report.tables import PredictionTable, evaluation_table, summary_table
-from tinyvgg_jax.report.terminal import Formatter, lines, one_line, printable
+from tinyvgg_jax.report.terminal import Formatter, lines, one_line, printable, say
 
 EVIL = "a\x1b]0;title\x07b\x9b2Jc\u202ed\x00e\nf\udcff"
 ESCAPED = r"a\x1b]0;title\x07b\x9b2Jc\u202ed\x00e\nf\udcff"
@@ -18,6 +23,35 @@ def test_what_cannot_be_printed_is_escaped() -> None:
     assert printable("Ärmel 10 °C, 袖") == "Ärmel 10 °C, 袖"
     assert lines("a\x1b\nb") == "a\\x1b\nb"
     assert one_line("a\n\t b\x1b") == "a b\\x1b"
+
+
+class _Full(io.StringIO):
+    """Standard error in a file on a full disk."""
+
+    def write(self, _: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stream", [None, _Full()], ids=["closed", "full"])
+def test_progress_that_cannot_be_shown_ends_nothing(
+    stream: _Full | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("a line")
+    for module in (data.progress, report.progress):
+        monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
+    with data.progress.progress(100, "decoding") as advance:
+        advance(50)
+        advance(50)
+    bar = report.progress._Bar("epoch 1/2", 100)
+    bar.show(50, ["half"], "half")
+    bar.close()
+
+
+def test_the_command_line_does_without_standard_error() -> None:
+    command = f"{sys.executable} -m tinyvgg_jax.main --mode list nowhere 2>&-"
+    done = subprocess.run(command, shell=True, capture_output=True, check=False, env=os.environ)
+    assert done.returncode == 2 and done.stdout == b""
 
 
 def test_log_messages_are_escaped() -> None:

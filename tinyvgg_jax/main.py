@@ -538,6 +538,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _set_up_output() -> None:
     """Sets up standard output, logging and plots for a program, which a notebook sets up itself."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Whoever started this has closed it.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(terminal.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -547,9 +551,6 @@ def _set_up_output() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
     # The name of a file may hold what this terminal cannot show, or bytes that are no text at all.
-    if sys.stdout is None:
-        # Whoever started this has closed it.
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     # In a notebook it is an object of another kind, which takes any text.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

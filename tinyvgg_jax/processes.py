@@ -124,6 +124,8 @@ def _check(address: str, num_processes: int, process_id: int) -> None:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except OSError as error:
         raise UserError(f"--coordinator_address {address}: {error.strerror}.") from error
+    except UnicodeError as error:
+        raise UserError(f"--coordinator_address {address} names no host.") from error
     if process_id == 0:
         # JAX would end by a signal.
         try:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -70,14 +70,21 @@ def ctrl_c(abandon: Callable[[], object]) -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def raised_signals() -> Iterator[None]:
-    """Makes the first SIGINT or SIGTERM raise an InterruptedRunError while the context is open."""
+def raised_signals(
+    state: str, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
+) -> Iterator[None]:
+    """Makes the first of some signals raise an InterruptedRunError while the context is open.
+
+    Args:
+        state: says in the error what there is then.
+        numbers: the signals.
+    """
 
     def interrupt(number: int) -> None:
         name = signal.Signals(number).name
-        raise InterruptedRunError(f"interrupted by {name}; finished parts are written.", number)
+        raise InterruptedRunError(f"interrupted by {name}; {state}", number)
 
-    with _first_signal(interrupt):
+    with _first_signal(interrupt, numbers):
         yield
 
 
@@ -96,13 +103,13 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
         logger.info("Received %s; saving ...", signal.Signals(number).name)
 
-    with _first_signal(collect):
+    with _first_signal(collect, (signal.SIGINT, signal.SIGTERM)):
         yield received
 
 
 @contextlib.contextmanager
-def _first_signal(act: Callable[[int], object]) -> Iterator[None]:
-    """Calls a function with the first SIGINT or SIGTERM while the context is open.
+def _first_signal(act: Callable[[int], object], numbers: Sequence[int]) -> Iterator[None]:
+    """Calls a function with the first of some signals while the context is open.
 
     That signal restores the earlier handlers, so that a second one ends a process that hangs.
     Outside the main thread Python allows no handlers, and nothing is called.
@@ -110,7 +117,7 @@ def _first_signal(act: Callable[[int], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in numbers}
     # A shell may have started the process in the background with SIGINT ignored; it stays ignored.
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 

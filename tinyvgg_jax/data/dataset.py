@@ -12,7 +12,7 @@ import numpy as np
 
 from tinyvgg_jax.data.folder import DEFAULTS, Options
 from tinyvgg_jax.errors import UserError, first_line
-from tinyvgg_jax.paths import local_path
+from tinyvgg_jax.paths import local_path, status_of
 from tinyvgg_jax.pictures import FITS
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,8 @@ class Dataset:
             return dict(prepare.SPLITS)
         if "validation" in self.sizes:
             return {"train": "train", "validation": "validation", "test": "test"}
-        if self.sizes["train"] < 10:  # A tenth would be none.
+        # Without a train split the specification ends in an error, unless another is given.
+        if self.sizes.get("train", 10) < 10:  # A tenth would be none.
             return {"train": "train[:-1]", "validation": "train[-1:]", "test": "test"}
         return {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
 
@@ -267,7 +268,7 @@ def require_same_source(
     if source_dir is None or recorded is None:
         return
     source = local_path(source_dir).absolute()
-    if not source.exists():
+    if status_of(source) is None:
         logger.warning("%s is not there any more; %s is used as it was.", source, dataset.name)
         return
     if prepare.describe_source(source, Options(fit=dataset.info.fit)) != recorded:

@@ -1,5 +1,6 @@
 """Fetching FashionMNIST's four IDX files from the first source that has them."""
 
+import http.client
 import logging
 import shutil
 import subprocess
@@ -51,7 +52,12 @@ def fetch_fashion_mnist(scratch: Path) -> Path:
                 raise FileNotFoundError(f"no {missing[0]} there")
             if idx.unlike_fashion_mnist(folder):
                 raise ValueError("the files are not FashionMNIST's (SHA-256 of their content)")
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except (
+            OSError,
+            ValueError,
+            http.client.HTTPException,
+            subprocess.SubprocessError,
+        ) as error:
             failures.append(f"{name}: {_reason(error)}")
             logger.info("FashionMNIST could not be fetched from %s: %s", name, _reason(error))
             continue

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from tinyvgg_jax.data import fetch, idx
 from tinyvgg_jax.data.folder import DEFAULTS, Options, Rows, fingerprint, read_folder
 from tinyvgg_jax.errors import UserError, first_line
+from tinyvgg_jax.signals import raised_signals
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,9 @@ def check_name(name: str, source_dir: Path) -> None:
         UserError: if it cannot.
     """
     if name == NAME:
-        if source_dir.is_dir() and not idx.is_idx_folder(source_dir):
+        with reading(source_dir):
+            holds_others = source_dir.is_dir() and not idx.is_idx_folder(source_dir)
+        if holds_others:
             raise UserError(
                 f"{source_dir} holds no IDX files of FashionMNIST. To train on a folder of "
                 "pictures, give it a name of its own: --config.data.name=NAME."
@@ -129,11 +133,26 @@ def describe_source(source_dir: Path, options: Options) -> dict[str, Any]:
     Returns:
         `content`, a hash; for pictures `fit`, and for IDX files `classes`, a hash of the file that
         names them, if there is one; JSON-serialisable.
+
+    Raises:
+        UserError: if the folder cannot be read.
     """
-    if idx.is_idx_folder(source_dir):
-        names = idx.class_names_sha256(source_dir)
-        return {"content": idx.content_sha256(source_dir)} | ({"classes": names} if names else {})
-    return {"content": fingerprint(source_dir), "fit": options.fit or "crop"}
+    with reading(source_dir):
+        if idx.is_idx_folder(source_dir):
+            names = idx.class_names_sha256(source_dir)
+            content = {"content": idx.content_sha256(source_dir)}
+            return content | ({"classes": names} if names else {})
+        return {"content": fingerprint(source_dir), "fit": options.fit or "crop"}
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that a folder cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{folder} cannot be read: {reason}.") from error
 
 
 @contextlib.contextmanager
@@ -148,7 +167,9 @@ def _scratch(name: str, data_dir: Path) -> Iterator[Path]:
             "pass another folder as --config.data.data_dir."
         ) from error
     try:
-        yield scratch
+        # SIGTERM would leave the scratch folder, in which all pictures may lie.
+        with raised_signals("nothing was prepared.", (signal.SIGTERM,)):
+            yield scratch
     except OSError as error:
         raise UserError(f"cannot prepare {name} in {data_dir}: {error}") from error
     finally:

@@ -1,11 +1,12 @@
 """Progress of the reading and decoding of images, shown on standard error."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
+
+from tinyvgg_jax.report.terminal import has_terminal, say
 
 # A small dataset is decoded before anyone wonders, and then no bar is shown.
 _BAR_AFTER_SECONDS = 2.0
@@ -25,7 +26,7 @@ def progress(size: int, title: str) -> Iterator[Callable[[int], None]]:
         A function that is to be called with a number of images that have just been done.
     """
     start = last_line = time.monotonic()
-    on_terminal, done = sys.stderr.isatty(), 0
+    on_terminal, done = has_terminal(), 0
 
     def advance(count: int) -> None:
         nonlocal done, last_line
@@ -36,7 +37,7 @@ def progress(size: int, title: str) -> Iterator[Callable[[int], None]]:
             last_line = now
             left = (now - start) * (size - done) / done
             line = f"{title}: {done:,}/{size:,} images, {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     with tqdm(
         desc=title,

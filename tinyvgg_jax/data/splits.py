@@ -16,7 +16,8 @@ from tinyvgg_jax import cache
 from tinyvgg_jax.data.dataset import Dataset, DatasetInfo, Range, find_dataset
 from tinyvgg_jax.data.folder import DEFAULTS, Options
 from tinyvgg_jax.data.progress import progress
-from tinyvgg_jax.errors import first_line
+from tinyvgg_jax.errors import UserError, first_line
+from tinyvgg_jax.paths import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,23 @@ def _decode(dataset: Dataset, split: str) -> Split:
         for indices in _batches(len(source), f"decoding {split}"):
             for i, example in zip(indices, source.__getitems__(list(indices)), strict=True):
                 images[i], labels[i] = example["image"], example["label"]
+    except MemoryError as error:
+        raise UserError(
+            f"there is too little memory for the split {split!r} of {dataset.name}: "
+            f"{first_line(error)}."
+        ) from error
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the files in {dataset.folder} cannot be opened, because this path is no UTF-8 text; "
+            "pass another folder as --config.data.data_dir."
+        ) from error
+    except FileNotFoundError as error:
+        raise dataset.damaged(f"its split {split!r}: {first_line(error)}") from error
+    except OSError as error:
+        raise UserError(
+            f"the split {split!r} of {dataset.name} cannot be read: {error}. If it is damaged, "
+            f"remove {dataset.folder} and run again."
+        ) from error
     except Exception as error:
         # The readers of array_record, of its examples and of PNG each raise their own exceptions.
         raise dataset.damaged(f"its split {split!r}: {first_line(error)}") from error
@@ -196,6 +214,9 @@ def _source(dataset: Dataset, split: str) -> Any:
     """Opens a split's files, after a check that they hold as many examples as the metadata says."""
     source = dataset.builder.as_data_source(split=split)
     files = [os.fspath(path) for path in dataset.builder.info.splits[split].filepaths]
+    for file in files:
+        # The readers' own errors do not tell a file that is closed to this user from a damaged one.
+        open_regular(file).close()
     # tfds relies on the metadata alone. A list of paths makes its reader count the records.
     stored = len(type(source.data_source)(files))
     if stored != len(source):

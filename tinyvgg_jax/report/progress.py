@@ -5,7 +5,6 @@ On a terminal there is a bar, elsewhere a line every minute.
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from tinyvgg_jax import processes
 from tinyvgg_jax.evaluate import OnProgress
+from tinyvgg_jax.report.terminal import has_terminal, say
 from tinyvgg_jax.runs.folder import steps_taken
 from tinyvgg_jax.runs.run import Run, Work
 from tinyvgg_jax.step import StepSums
@@ -61,7 +61,7 @@ class _Bar:
             # Whoever asks `is_due` calls `show` rarely enough.
             mininterval=0,
             miniters=1,
-            disable=not (processes.is_first() and sys.stderr.isatty()),
+            disable=not (processes.is_first() and has_terminal()),
             leave=False,
             dynamic_ncols=True,
             bar_format=self._format(""),
@@ -93,7 +93,7 @@ class _Bar:
             self._bar.update(done - self._bar.n)
         elif line and now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
-            print(f"{self._title}, {line}", file=sys.stderr, flush=True)
+            say(f"{self._title}, {line}")
 
     def close(self) -> None:
         """Removes the bar from the terminal."""
