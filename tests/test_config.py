@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from ml_collections import ConfigDict
 
 from tinyvgg_jax import config as config_lib
@@ -27,7 +28,7 @@ def test_the_default_is_the_papers_recipe() -> None:
     assert config.data.train_split is config.data.validation_split is None
 
 
-@pytest.mark.parametrize("name", ["default", "quick", "best", "fast"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py")))
 def test_configs_survive_json_and_do_not_differ_from_themselves(name: str, tmp_path: Path) -> None:
     config = config_lib.validated(
         importlib.import_module(f"tinyvgg_jax.configs.{name}").get_config()

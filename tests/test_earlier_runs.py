@@ -2,7 +2,7 @@
 
 `earlier_runs.tar.gz` holds two finished runs of two epochs on the dataset of `conftest.py`, written
 by version 0.1.0 before its files were moved: `plain` is the default recipe, `everything` has every
-option on. Do not make it anew: it stands for the runs that people have.
+option of that time on. Do not make it anew: it stands for the runs that people have.
 """
 
 import shutil

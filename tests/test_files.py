@@ -115,18 +115,20 @@ def test_another_object_is_no_config(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["edited", "another", "pipe"])
+@pytest.mark.parametrize(
+    "damage", ["edited", "pipe", '{"a": []}', "{}", "[]", "null", '{"step": 8}', "{"]
+)
 def test_a_damaged_summary_is_made_again(
     run: Path, trained: Trained, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = run / "summary.json"
     if damage == "edited":
         edit(path, '"parameters": ', '"parameters": 1')
-    elif damage == "another":
-        path.write_text('{"a": []}')
-    else:
+    elif damage == "pipe":
         path.unlink()
         os.mkfifo(path)
+    else:
+        path.write_text(damage)
     assert read_summary(run) is None
     assert "summary.json" in caplog.text
     config: ConfigDict = read_config(run)

@@ -46,7 +46,7 @@ def interrupt_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_everything(config: ConfigDict) -> ConfigDict:
-    """Turns on every option that adds to the state, or draws random numbers in a step."""
+    """Turns on every option that adds to the state, and many that draw random numbers."""
     config.optimizer, config.nesterov, config.warmup_epochs = "muon", True, 0.5
     config.weight_decay, config.gradient_clipping, config.label_smoothing = 0.01, 5.0, 0.1
     config.ema_decay, config.model.dropout = 0.9, 0.1

@@ -233,7 +233,9 @@ def load_network(modules: Any, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Predictor]:
+def trained_page(
+    tmp_path_factory: pytest.TempPathFactory, real_data: object
+) -> tuple[Path, Predictor]:
     """A run on real images, and its page."""
     workdir = tmp_path_factory.mktemp("page") / "a run"
     config = quick.get_config()
@@ -589,8 +591,11 @@ def test_it_fits_a_phone_and_a_screen(
     assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
 
-def test_the_report_links_to_it(trained_page: tuple[Path, Predictor]) -> None:
-    workdir = trained_page[0].parents[1]
+def test_the_report_links_to_it(trained: tuple[Path, object], tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    (workdir / "export").mkdir(exist_ok=True)
+    (workdir / "export" / "page.html").touch()
     evaluated = evaluate_checkpoint(workdir, "test", "latest")
     report = write_report(evaluated, evaluation_content(evaluated)).read_text()
     assert 'href="../export/page.html"' in report

@@ -270,7 +270,7 @@ def test_a_notebooks_plotting_backend_is_no_hindrance(
 
 
 def one_line_without_a_gpu(done: subprocess.CompletedProcess[str]) -> None:
-    if done.returncode == 0:
+    if jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU, so that nothing is missing")
     assert done.returncode == 2
     assert "tinyvgg_jax: JAX finds no device" in done.stderr

@@ -330,6 +330,7 @@ def test_its_command_makes_the_same_report_again(
     assert f"--config.data.data_dir={data_dir}" in arguments
     done = command_line(*arguments[2:])
     assert done.returncode == 0, done.stderr
+    assert f"report: {path}" in done.stdout and CLASSES[0] in done.stdout
     date = r"report of [\d: -]* UTC"
     assert re.sub(date, "", path.read_text()) == re.sub(date, "", before)
 
@@ -454,15 +455,6 @@ def test_figures_of_many_classes_and_of_one_epoch(draw: Callable[[plots.Theme], 
     for theme in (plots.LIGHT, plots.DARK):
         content = plots.png(draw(theme))
         assert content.startswith(b"\x89PNG")
-
-
-def test_the_command_line_says_where_the_report_is(
-    trained: Trained, command_line: Callable[..., Any]
-) -> None:
-    done = command_line("--mode=eval", f"--workdir={trained[0]}", "--split=validation")
-    assert done.returncode == 0, done.stderr
-    assert f"report: {trained[0]}/evaluation/report_validation.html" in done.stdout
-    assert CLASSES[0] in done.stdout
 
 
 def _of_classes(

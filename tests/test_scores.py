@@ -71,7 +71,7 @@ def test_a_calibrated_classifier_has_little_calibration_error() -> None:
     assert calibration(probabilities, 1 - labels).expected_error > 0.4
 
 
-def test_the_interval_contains_the_truth_19_times_in_20() -> None:
+def test_the_interval_is_wilsons() -> None:
     low, high = accuracy_interval(9, 10)
     # Wilson's formula.
     z2 = stats.norm.ppf(0.975) ** 2

@@ -36,7 +36,7 @@ MEASURED = [f"{split}_{kind}" for split in SPLITS for kind in ("accuracy", "loss
 
 @pytest.fixture
 def modern(config: ConfigDict) -> ConfigDict:
-    """A config with every option that adds to the state, or draws random numbers in a step."""
+    """A config with every option that adds to the state, and many that draw random numbers."""
     config.num_seeds, config.num_epochs, config.seed = 2, 2, 5
     config.optimizer, config.schedule, config.warmup_epochs = "muon", "cosine", 0.5
     config.nesterov, config.weight_decay, config.gradient_clipping = True, 0.01, 5.0
@@ -256,7 +256,11 @@ def test_members_left_behind_catch_up_alone(
 
 
 def test_without_room_for_all_they_run_in_turn(
-    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: None
+    config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at_once: None,
 ) -> None:
     original = DevicePipeline.epoch
 
@@ -268,6 +272,7 @@ def test_without_room_for_all_they_run_in_turn(
     monkeypatch.setattr(DevicePipeline, "epoch", epoch)
     config.num_seeds, config.num_epochs = 2, 1
     assert train_and_evaluate(config, tmp_path)["num_seeds"] == 2
+    assert "no room for all seeds at once; one after another" in caplog.text
 
 
 def test_all_share_splits_that_are_loaded_once_and_warned_of_once(
