@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from tinyvgg_jax import train_and_evaluate
 from tinyvgg_jax.data import prepare
-from tinyvgg_jax.errors import UserError
+from tinyvgg_jax.errors import AgreedError, InterruptedRunError, UserError
 from tinyvgg_jax.processes import Stop, exchange, on_first, require_same, start, together
 from tinyvgg_jax.runs.restore import restore
 
@@ -420,6 +420,25 @@ def test_a_single_process_agrees_with_itself() -> None:
     assert not stop.after_call() and stop.signal() == 0
     received.append(signal.SIGTERM)
     assert stop.after_call() and stop.signal() == signal.SIGTERM
+
+
+def test_a_process_that_is_interrupted_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def answer(message: str | None) -> list[str | None]:
+        told.append(message)
+        return ["interrupted by SIGTERM; nothing was prepared.", None]
+
+    def interrupted() -> None:
+        raise InterruptedRunError("interrupted by SIGTERM; nothing was prepared.", 15)
+
+    monkeypatch.setattr("tinyvgg_jax.processes.count", lambda: 2)
+    monkeypatch.setattr("tinyvgg_jax.processes.exchange", answer)
+    with pytest.raises(InterruptedRunError):
+        together(interrupted)
+    with pytest.raises(AgreedError, match="interrupted by SIGTERM"):
+        together(interrupted, takes_part=False)
+    assert told == ["interrupted by SIGTERM; nothing was prepared.", None]
 
 
 def test_processes_are_for_training_only(tmp_path: Path) -> None:

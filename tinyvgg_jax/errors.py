@@ -33,7 +33,9 @@ class DivergedError(RuntimeError):
 
 
 class InterruptedRunError(Exception):
-    """A signal ended the run after its state was saved. Exit status 128 + signal.
+    """A signal ended the work in an orderly way: a run is saved, and nothing is left half-written.
+
+    Exit status 128 + signal.
 
     Attributes:
         signal_number: number of the signal.

@@ -514,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
     0: done. 1: the loss diverged, or some of the pictures could not be read. 2: something the user
-    can put right. 128 + N: signal N, after saving.
+    can put right. 128 + N: signal N, after saving what there was to save.
     """
     argv = sys.argv if argv is None else argv
     _set_up_output()

@@ -222,17 +222,23 @@ def together(function: Callable[[], Result], takes_part: bool = True) -> Result 
         The result of this process's call; None if it takes no part.
 
     Raises:
-        UserError: if any process raised one.
+        UserError: if any process raised one, or another process was interrupted by a signal.
+        InterruptedRunError: if this one was.
     """
     if count() == 1:
         return function()
-    result, message = None, None
+    result, message, interruption = None, None, None
     if takes_part:
         try:
             result = function()
         except UserError as error:
             message = str(error)
-    _raise_first(exchange(message))
+        except InterruptedRunError as error:
+            message, interruption = str(error), error
+    messages = exchange(message)
+    if interruption is not None:
+        raise interruption
+    _raise_first(messages)
     return result
 
 

@@ -118,7 +118,7 @@ class Dataset:
         if "validation" in self.sizes:
             return {"train": "train", "validation": "validation", "test": "test"}
         # Without a train split the specification ends in an error, unless another is given.
-        if self.sizes.get("train", 10) < 10:  # A tenth would be none.
+        if "train" in self.sizes and self.sizes["train"] < 10:  # A tenth would be none.
             return {"train": "train[:-1]", "validation": "train[-1:]", "test": "test"}
         return {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
 
@@ -171,6 +171,7 @@ def find_dataset(
     Raises:
         UserError: if the dataset is unknown or damaged, or does not consist of images with one
             class each.
+        InterruptedRunError: after SIGTERM while it is prepared, which leaves nothing behind.
     """
     folder = _data_folder(data_dir)
     if source_dir is not None:

@@ -1,17 +1,28 @@
 """Progress of the reading and decoding of images, shown on standard error."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-from tinyvgg_jax.report.terminal import has_terminal, say
-
 # A small dataset is decoded before anyone wonders, and then no bar is shown.
 _BAR_AFTER_SECONDS = 2.0
 # Without a terminal, a log file gets a line this often.
 _LINE_SECONDS = 60.0
+
+
+def has_terminal() -> bool:
+    """Tells whether standard error is a terminal; it may also have been closed at the start."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def say(line: str) -> None:
+    """Prints a line on standard error, if it can be printed: a full disk must end no run."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ def load_splits(
 
     Raises:
         UserError: as `find_dataset` and `decode_splits`.
+        InterruptedRunError: as `find_dataset`.
     """
     dataset = find_dataset(name, data_dir, source_dir, options)
     return decode_splits(dataset, splits), dataset.info
@@ -86,7 +87,8 @@ def decode_splits(dataset: Dataset, splits: dict[str, str]) -> dict[str, Split]:
         The splits by the same names.
 
     Raises:
-        UserError: if a split does not exist or is empty, or if the dataset is damaged.
+        UserError: if a split does not exist or is empty; if the dataset is damaged, or its files
+            cannot be read; or if there is too little memory.
     """
     ranges = {key: dataset.ranges(specification) for key, specification in splits.items()}
     wanted = {part.split for parts in ranges.values() for part in parts}
