@@ -35,7 +35,8 @@ class Setting(NamedTuple):
         on_cpu: whether JAX's device is a CPU.
         dtypes: the dtypes of the computation, of this package and of the peer.
         peer: "torch", or None for no peer.
-        brief: whether to leave out variants of the peer that hardly ever win, to save time.
+        brief: whether to leave out variants of the peer that hardly ever win, to save time or
+            memory.
         network: fields of `TinyVGG` that differ from the defaults.
         product_size: rows and columns of the large matrices; None for a size that suits the device.
         copy_bytes: size of the large array that is copied; None likewise.
