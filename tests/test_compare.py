@@ -187,14 +187,14 @@ def test_a_folder_that_may_not_be_entered_is_left_out(
 ) -> None:
     closed = tmp_path / "closed"
     closed.mkdir()
-    exists = Path.exists
+    stat = Path.stat
 
-    def refuse(path: Path) -> bool:  # Root may enter every folder.
+    def refuse(path: Path, **options: Any) -> Any:  # Root may enter every folder.
         if path.parent == closed:
             raise PermissionError(13, "Permission denied", str(path))
-        return exists(path)
+        return stat(path, **options)
 
-    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(Path, "stat", refuse)
     assert len(compare_runs([trained[0], closed, twin]).runs) == 2
     assert f"Left out, because they cannot be read: {closed}" in caplog.text
 

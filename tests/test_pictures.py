@@ -73,15 +73,28 @@ def test_what_is_transparent_is_background_whatever_colour_it_hides(
         image.putpalette([level] * 6)
         image.info["transparency"] = 1
     elif mode == "I;16":
-        wide = 200 * pixels[..., 0].astype(np.uint16) + (pixels[..., 3] == 0)
-        image = Image.fromarray(wide)
-        image.info["transparency"] = 200 * level + 1
+        # Of 12 bits, with a value of 16 that stands for transparent pixels.
+        wide = np.where(pixels[..., 3] == 0, 0xFFFF, 16 * pixels[..., 0].astype(np.uint16))
+        image = Image.fromarray(wide.astype(np.uint16))
+        image.info["transparency"] = 0xFFFF
     else:
         image = image.convert(mode)
     image.save(tmp_path / "cut.png")
     seen = load_picture(tmp_path / "cut.png", SHAPE).pixels[..., 0]
     assert (seen[8:20] > 150).all()
     assert (seen[[0, 1, 2, -3, -2, -1]] == 0).all()
+
+
+def test_the_value_of_transparent_pixels_does_not_count_as_a_tone(tmp_path: Path) -> None:
+    seen = []
+    for hidden in (4095, 65535):
+        wide = np.full((60, 60), hidden, np.uint16)
+        wide[20:40, 10:50] = np.linspace(1000, 4000, 40)  # Of 12 bits.
+        image = Image.fromarray(wide)
+        image.info["transparency"] = hidden
+        image.save(tmp_path / "cut.png")
+        seen.append(load_picture(tmp_path / "cut.png", SHAPE).pixels)
+    np.testing.assert_array_equal(*seen)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "I;16", "LA", "F", "F/255"])

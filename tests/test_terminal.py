@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from tinyvgg_jax import data, report
 from tinyvgg_jax.report.tables import PredictionTable, evaluation_table, summary_table
-from tinyvgg_jax.report.terminal import Formatter, lines, one_line, printable, say
+from tinyvgg_jax.report.terminal import Formatter, lines, one_line, printable
 
 EVIL = "a\x1b]0;title\x07b\x9b2Jc\u202ed\x00e\nf\udcff"
 ESCAPED = r"a\x1b]0;title\x07b\x9b2Jc\u202ed\x00e\nf\udcff"
@@ -37,7 +36,7 @@ def test_progress_that_cannot_be_shown_ends_nothing(
     stream: _Full | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
-    say("a line")
+    data.progress.say("a line")
     for module in (data.progress, report.progress):
         monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
     with data.progress.progress(100, "decoding") as advance:
@@ -50,7 +49,7 @@ def test_progress_that_cannot_be_shown_ends_nothing(
 
 def test_the_command_line_does_without_standard_error() -> None:
     command = f"{sys.executable} -m tinyvgg_jax.main --mode list nowhere 2>&-"
-    done = subprocess.run(command, shell=True, capture_output=True, check=False, env=os.environ)
+    done = subprocess.run(command, shell=True, capture_output=True, check=False)
     assert done.returncode == 2 and done.stdout == b""
 
 

@@ -33,7 +33,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     if scheme and (scheme[2] == "//" or not Path(f"{scheme[1]}:").exists()):
         try:
             address = urllib.parse.urlsplit(text)
-        except ValueError:  # For example for brackets that hold no IPv6 address.
+        except ValueError:  # The brackets of an address may hold what is none of IPv6.
             address = urllib.parse.SplitResult("", "", "", "", "")
         if address.scheme != "file" or address.netloc not in ("", "localhost"):
             raise UserError(
@@ -62,8 +62,8 @@ def status_of(path: Path) -> os.stat_result | None:
     """
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None  # No file's name has a zero byte, which is a ValueError.
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 

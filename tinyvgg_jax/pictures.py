@@ -314,8 +314,12 @@ def _decode(image: Image.Image, mode: str, side: int) -> tuple[np.ndarray, np.nd
 
 
 def _to_uint8(image: Image.Image) -> Image.Image:
-    """Scales values to 0 to 255: floating ones from [0, 1], integers from the bits they use."""
-    highest = max(float(rows.max()) for rows in _rows(image))
+    """Scales values to 0 to 255: floating ones from [0, 1], integers from the bits they use.
+
+    A value that stands for transparent pixels does not count.
+    """
+    hidden = image.info.get("transparency")
+    highest = max(float(rows.max(where=rows != hidden, initial=0)) for rows in _rows(image))
     # A file of 16 bits a pixel may hold the 10 or 12 bits of a camera, and does not say so. The
     # highest value shows how many bits are used. For a dark picture that may be too few, and the
     # picture becomes lighter, which does no harm. Floating values may exceed 1 slightly after a

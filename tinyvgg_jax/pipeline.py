@@ -112,11 +112,6 @@ def _stacked(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-@partial(jax.jit, static_argnums=1)
-def _slices(tree: Any, count: int) -> list[Any]:
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
-
-
 def stack(trees: list[Any], mesh: Mesh | None = None) -> Any:
     """Stacks several runs' arrays along a new leading axis, in one program.
 
@@ -132,9 +127,10 @@ def stack(trees: list[Any], mesh: Mesh | None = None) -> Any:
     return stacked if mesh is None else jax.device_put(stacked, NamedSharding(mesh, SPLIT))
 
 
+@partial(jax.jit, static_argnums=1)
 def unstack(tree: Any, count: int) -> list[Any]:
     """Slices a tree that `stack` made from `count` trees into these trees."""
-    return _slices(tree, count)
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
 
 
 class StreamPipeline:

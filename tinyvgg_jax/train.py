@@ -101,8 +101,9 @@ def train_and_evaluate(
             if not _has_no_room(error):
                 raise
             raise UserError(
-                "the device has no room for this run. Lower config.batch_size, take a smaller "
-                f"network, or see what else uses the device. {first_line(error)}"
+                "the device has no room for this run. See what else uses it, or pass a lower "
+                "config.batch_size or a smaller network, and another --workdir. "
+                f"{first_line(error)}"
             ) from error
 
 
@@ -205,10 +206,10 @@ def train_together(
             for member in members:
                 groups.setdefault(int(member.state.train.step), []).append(member)
             for group in groups.values():
-                # One that is left alone is spread over the devices all the same, since its batches
-                # need not be such that these can share them.
-                stacked = len(group) > 1 or (len(runs) > 1 and group[0].run.mesh is not None)
-                train(group, command, stacked)
+                # One that is left alone shares its batches among the devices only if it can.
+                one = group[0].run
+                uneven = one.config.batch_size % num_devices(one.mesh) != 0
+                train(group, command, stacked=len(group) > 1 or uneven)
         return [finish(member.run, member.state, command) for member in members]
 
 

@@ -26,7 +26,7 @@ _OPERATORS = {
 }
 # Images with their expected outputs, for a test on the board.
 TESTS = 10
-# By its path, and without its folder among the modules' (-P), which has a `torch.py` of its own.
+# It is run by its path. -P keeps its folder out of Python's search, because that has a `torch.py`.
 _WORKER = ("-P", os.fspath(Path(__file__).with_name("micro_worker.py")))
 # Outputs of optimised kernels differ by this much from those of the reference kernels.
 _TOLERANCE = 1

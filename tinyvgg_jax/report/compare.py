@@ -149,7 +149,7 @@ def _runs_among(workdirs: Sequence[str | Path]) -> list[str | Path]:
                 found.append(workdir)
             else:
                 others.setdefault("hold no run, or no checkpoint yet", []).append(str(workdir))
-        except OSError:
+        except UserError:
             others.setdefault("cannot be read", []).append(str(workdir))
     left_out = [(reason, ", ".join(names)) for reason, names in others.items()]
     if len(found) < 2:
@@ -163,7 +163,8 @@ def _runs_among(workdirs: Sequence[str | Path]) -> list[str | Path]:
 def _is_run_with_checkpoint(path: Path) -> bool:
     # Runs of several seeds have their checkpoints in the folders of the seeds.
     checkpoints = [path / "checkpoints", *path.glob("seed_*/checkpoints")]
-    return (path / "config.json").exists() and any(any(c.glob("[0-9]*")) for c in checkpoints)
+    is_run = status_of(path / "config.json") is not None
+    return is_run and any(any(c.glob("[0-9]*")) for c in checkpoints)
 
 
 def _same(first: Split, second: Split) -> bool:
@@ -207,7 +208,7 @@ def _test(first: ComparedRun, second: ComparedRun) -> McNemar | Welch | None:
     from scipy import stats
 
     with warnings.catch_warnings():
-        # SciPy fears for its digits where the values of one of both are equal.
+        # SciPy warns of lost digits where all values of a run are equal, and none are lost.
         warnings.simplefilter("ignore", RuntimeWarning)
         found = stats.ttest_ind(a, b, equal_var=False)
     if min(len(a), len(b)) == 2:

@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyvgg_jax import processes
+from tinyvgg_jax.data.progress import has_terminal, say
 from tinyvgg_jax.evaluate import OnProgress
-from tinyvgg_jax.report.terminal import has_terminal, say
 from tinyvgg_jax.runs.folder import steps_taken
 from tinyvgg_jax.runs.run import Run, Work
 from tinyvgg_jax.step import StepSums

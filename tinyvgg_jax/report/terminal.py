@@ -1,8 +1,6 @@
 """Text on the terminal: whatever a file or a folder is named, it cannot steer the terminal."""
 
-import contextlib
 import logging
-import sys
 
 
 def printable(text: str) -> str:
@@ -28,18 +26,6 @@ def lines(text: str) -> str:
 def one_line(message: object) -> str:
     """Formats a message as one line: spaces for white space, other characters by `printable`."""
     return printable(" ".join(str(message).split()))
-
-
-def has_terminal() -> bool:
-    """Tells whether standard error is a terminal; it may also have been closed at the start."""
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
-def say(line: str) -> None:
-    """Prints a line on standard error, if it can be printed: a full disk must end no run."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
 
 
 class Formatter(logging.Formatter):

@@ -178,8 +178,8 @@ def refuse_another_run(workdir: Path, config: ConfigDict) -> None:
         others = [name for name in names if (workdir / name).exists()]
     if others and not is_run:
         raise UserError(
-            f"{workdir} holds {', '.join(others)}, but no config.json that describes them. Put "
-            "it back, or pass another --workdir."
+            f"{workdir} holds {', '.join(others)}, but no config.json that describes a run. "
+            "Put it back, or pass another --workdir."
         )
     if is_run:
         theirs = read_config(workdir)
