@@ -525,6 +525,8 @@ def test_a_source_that_may_not_be_entered_is_one_line(
     if function == "iterdir":
         with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
             prepare.describe_source(tmp_path, Options())
+        with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
+            prepare.prepare_own("mine", tmp_path / "tfds", tmp_path, Options())
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -134,3 +134,13 @@ def test_grad_cam_is_drawn_where_the_network_looked() -> None:
     drawn = heat_map.images[-1]
     assert tuple(drawn.get_extent()) == (0, 6, 6, 0) and drawn.get_clim() == (0, 1)
     assert heat_map.get_xlim() == (0, 7) and heat_map.get_ylim() == (7, 0)
+
+
+def test_the_picture_itself_is_not_overwritten(trained: Trained, tmp_path: Path) -> None:
+    Image.new("L", (16, 16), 200).save(tmp_path / "shirt.png")
+    before = (tmp_path / "shirt.png").read_bytes()
+    (tmp_path / "link.png").symlink_to("shirt.png")
+    for name in ("shirt.png", "link.png"):
+        with pytest.raises(UserError, match="is the picture itself"):
+            explain_file(trained[0], tmp_path / "shirt.png", tmp_path / name)
+    assert (tmp_path / "shirt.png").read_bytes() == before

@@ -23,6 +23,7 @@ from tinyvgg_jax.export import layers, litert, loaded, micro, run, verify
 from tinyvgg_jax.export.run import FORMATS, export_run, formats_of
 from tinyvgg_jax.model import TinyVGG, apply
 from tinyvgg_jax.predict import predict_files
+from tinyvgg_jax.runs import files
 from tinyvgg_jax.step import to_float
 
 # The libraries of other formats warn about themselves.
@@ -450,6 +451,17 @@ def test_nothing_is_written_to_what_holds_no_run(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{name} holds no run"):
             export_run(tmp_path / name, ["jax"])
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: what is there is no file"):
+        files.output_file(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "target").touch()
+    assert files.output_file(tmp_path / "link") == (tmp_path / "target").resolve()
+    assert files.output_file(tmp_path / "new" / "file") == tmp_path / "new" / "file"
+    assert (tmp_path / "new").is_dir()
 
 
 def test_what_the_function_is_given_is_checked(trained: Trained, tmp_path: Path) -> None:

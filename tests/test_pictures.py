@@ -94,7 +94,7 @@ def test_the_value_of_transparent_pixels_does_not_count_as_a_tone(tmp_path: Path
         image.info["transparency"] = hidden
         image.save(tmp_path / "cut.png")
         seen.append(load_picture(tmp_path / "cut.png", SHAPE).pixels)
-    np.testing.assert_array_equal(*seen)
+    np.testing.assert_array_equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "I;16", "LA", "F", "F/255"])

@@ -53,6 +53,13 @@ def test_the_command_line_does_without_standard_error() -> None:
     assert done.returncode == 2 and done.stdout == b""
 
 
+def test_an_error_that_cannot_be_printed_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinyvgg_jax import main
+
+    monkeypatch.setattr(sys, "stderr", _Full())
+    assert main._fail("broken.png: not an image", 1) == 1
+
+
 def test_log_messages_are_escaped() -> None:
     record = logging.LogRecord("x", logging.INFO, "x", 1, "in %s", ("a\x1b[2J",), None)
     assert Formatter("%(message)s").format(record) == r"in a\x1b[2J"

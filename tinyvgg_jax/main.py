@@ -126,7 +126,12 @@ def _show_unraisable(unraisable: Any) -> None:
 
 
 def _fail(message: object, status: int) -> int:
-    print("tinyvgg_jax: " + terminal.one_line(message), file=sys.stderr)
+    try:
+        print("tinyvgg_jax: " + terminal.one_line(message), file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # On a full disk the exit status, and what comes on standard output, must do.
     return status
 
 

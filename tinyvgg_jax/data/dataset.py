@@ -221,6 +221,10 @@ def _builder(name: str, data_dir: Path) -> Any:
         return None
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename or data_dir} cannot be read: {error.strerror}."
+        ) from error
     except Exception as error:
         # tfds raises errors of many classes for damaged metadata and for ill-formed names.
         reason = first_line(error).rstrip(".")

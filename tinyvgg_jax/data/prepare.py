@@ -94,7 +94,9 @@ def prepare_own(name: str, data_dir: Path, source_dir: Path, options: Options) -
     """
     with _scratch(name, data_dir) as scratch:
         examples: Examples
-        if idx.is_idx_folder(source_dir):
+        with _reading(source_dir):
+            holds_idx = idx.is_idx_folder(source_dir)
+        if holds_idx:
             class_names, examples = idx.read_any(source_dir)
         else:
             class_names, examples = read_folder(source_dir, options, scratch)

@@ -26,7 +26,7 @@ from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.paths import local_path
 from tinyvgg_jax.predict import Predictor
 from tinyvgg_jax.report.evaluation import AS_IN_CONFIG, DataFolders, load_run_splits
-from tinyvgg_jax.runs.files import subfolder, write_bytes, write_text, writing_to
+from tinyvgg_jax.runs.files import output_file, subfolder, write_bytes, write_text, writing_to
 from tinyvgg_jax.runs.folder import read_dataset
 from tinyvgg_jax.runs.restore import restore_checkpoint, single_run_config
 
@@ -334,12 +334,9 @@ def _target(workdir: Path, name: str, int8: bool, output: str | Path | None) -> 
     if output is None:
         file = f"{FORMATS[name].stem}{'.int8' if int8 else ''}{suffix}"
         return subfolder(workdir, "export") / file
-    path = local_path(output)
-    if path.suffix != suffix:
-        raise UserError(f"{path}: a file of the format {name} ends in {suffix}.")
-    with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    if local_path(output).suffix != suffix:
+        raise UserError(f"{output}: a file of the format {name} ends in {suffix}.")
+    return output_file(output)
 
 
 def _content(name: str, trained: Trained, train: Split | None, int8: bool) -> bytes:

@@ -24,7 +24,7 @@ from tinyvgg_jax.report.plots import drawable, png
 from tinyvgg_jax.report.scores import McNemar, accuracy_interval, mcnemar
 from tinyvgg_jax.report.tables import columns, percentage
 from tinyvgg_jax.runs import seeds
-from tinyvgg_jax.runs.files import write_bytes, write_json, writing_to
+from tinyvgg_jax.runs.files import output_file, write_bytes, write_json
 from tinyvgg_jax.runs.folder import read_summary
 
 logger = logging.getLogger(__name__)
@@ -321,7 +321,7 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         UserError: if the files cannot be written.
     """
-    path = local_path(path)
+    path = output_file(path)
     content: dict[str, Any] = {
         "split": comparison.split,
         "runs": [
@@ -334,8 +334,6 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
             if test is not None
         ],
     }
-    with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, png(draw_comparison(comparison), dpi=120))
     write_json(path.with_name(f"{path.name}.json"), content)
     return path

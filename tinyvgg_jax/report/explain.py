@@ -16,13 +16,14 @@ from jax import Array
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
+from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.ops.pooling import max_pool_2x2
 from tinyvgg_jax.paths import local_path, open_regular
 from tinyvgg_jax.pictures import load_picture, quiet_pillow
 from tinyvgg_jax.predict import Predictor, load_predictor
 from tinyvgg_jax.report.plots import png, short
-from tinyvgg_jax.runs.files import subfolder, write_bytes, writing_to
+from tinyvgg_jax.runs.files import output_file, subfolder, write_bytes
 from tinyvgg_jax.step import to_float
 
 # Columns of a grid of feature maps; blocks of more than 128 features get twice as many.
@@ -129,16 +130,15 @@ def explain_file(
         UserError: if there is no such run or picture, or the file cannot be written.
     """
     workdir, path = local_path(workdir), local_path(path)
+    target = output_file(output) if output else None
+    if target and target.exists() and path.exists() and target.samefile(path):
+        raise UserError(f"{path} is the picture itself; name another file for its explanation.")
     predictor = load_predictor(workdir, step)
     with quiet_pillow():
         picture = load_picture(path, predictor.image_shape, invert, fit=predictor.fit)
     explanation = explain(predictor, picture.pixels)
     source = hashlib.sha256(picture.pixels.tobytes()).hexdigest()
-    if output:
-        target = local_path(output)
-        with writing_to(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-    else:
+    if target is None:
         target = _free_name(subfolder(workdir, "explain"), path.stem, source)
     figure = draw(explanation, predictor.class_names)
     write_bytes(target, png(figure, dpi=100, metadata={"Source": source}))

@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.paths import open_regular
+from tinyvgg_jax.paths import local_path, open_regular, status_of
 
 # The key of a JSON file's digest, which is its last entry.
 _DIGEST = "sha256"
@@ -26,6 +27,25 @@ def writing_to(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}.") from error
+
+
+def output_file(name: str | os.PathLike[str]) -> Path:
+    """Resolves the name of a file that a user wants written, and makes its folder.
+
+    Returns:
+        The path, where a link leads to.
+
+    Raises:
+        UserError: if the folder cannot be made, or something is there that is no file, such as a
+            device, which `write_bytes` would replace.
+    """
+    path = local_path(name)
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    status = status_of(path)
+    if status is not None and not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise UserError(f"cannot write to {path}: what is there is no file.")
+    return path.resolve() if path.is_symlink() else path
 
 
 def subfolder(folder: Path, *names: str) -> Path:
