@@ -95,7 +95,7 @@ def steps_on(fields: dict[str, Any], num_devices: int, pipeline: str) -> dict[st
     """The first eight steps: their sums, and the size and compilations of what they end in."""
     run = make(fields, **EVERYTHING, **{"num_devices": num_devices, "data.pipeline": pipeline})
     state = first_state(run)
-    steps = make_pipeline([run], stacked=False)
+    steps = make_pipeline([run])
     losses = []
     for result in steps.epoch(state.train, state.sums, 0, 0):
         losses.append(float(result.sums.loss))
@@ -136,7 +136,7 @@ def collectives_of(fields: dict[str, Any], pipeline: str) -> dict[str, Any]:
     """Lists what devices exchange in the program of a step."""
     run = make(fields, **{"batch_size": 24, "data.pipeline": pipeline})
     state = first_state(run)
-    steps = make_pipeline([run], stacked=False)
+    steps = make_pipeline([run])
     programs: list[str] = []
 
     def spy(*arguments: Any) -> Any:

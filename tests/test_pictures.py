@@ -73,7 +73,7 @@ def test_what_is_transparent_is_background_whatever_colour_it_hides(
         image.putpalette([level] * 6)
         image.info["transparency"] = 1
     elif mode == "I;16":
-        # Of 12 bits, with a value of 16 that stands for transparent pixels.
+        # The garment's values take 12 bits; the value for transparent pixels is the largest of 16.
         wide = np.where(pixels[..., 3] == 0, 0xFFFF, 16 * pixels[..., 0].astype(np.uint16))
         image = Image.fromarray(wide.astype(np.uint16))
         image.info["transparency"] = 0xFFFF
@@ -89,7 +89,7 @@ def test_the_value_of_transparent_pixels_does_not_count_as_a_tone(tmp_path: Path
     seen = []
     for hidden in (4095, 65535):
         wide = np.full((60, 60), hidden, np.uint16)
-        wide[20:40, 10:50] = np.linspace(1000, 4000, 40)  # Of 12 bits.
+        wide[20:40, 10:50] = np.linspace(1000, 4000, 40)  # A camera's 12 bits.
         image = Image.fromarray(wide)
         image.info["transparency"] = hidden
         image.save(tmp_path / "cut.png")

@@ -116,7 +116,7 @@ def test_accuracies_stand_beside_those_of_the_same_parameters_only(
     assert _report(evaluated).count('class="card"') == 3
     other = dataclasses.replace(evaluated, step=1)
     assert _report(other).count('class="card"') == 1
-    # Of several seeds, one at another step is enough.
+    # One seed at another step is enough for the summary's means to be of other parameters.
     content = evaluation_content(evaluated)
     for each, count in (((evaluated, evaluated), 3), ((evaluated, other), 1)):
         cards = page._cards(evaluated.workdir, each, content)

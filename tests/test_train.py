@@ -293,7 +293,9 @@ def test_checkpoints_of_nobody_knows_what_are_not_adopted(
     train_and_evaluate(config, tmp_path)
     (tmp_path / "config.json").unlink()
     config.seed = 5
-    with pytest.raises(UserError, match=r"holds checkpoints, .*, but no config.json"):
+    with pytest.raises(
+        UserError, match=r"holds checkpoints, metrics\.jsonl, summary\.json, but no config\.json"
+    ):
         train_and_evaluate(config, tmp_path)
 
 

@@ -8,6 +8,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) != _signal.SIG_I
     # traceback of the imports that follow.
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
+import contextlib
 import errno
 import io
 import json
@@ -126,12 +127,9 @@ def _show_unraisable(unraisable: Any) -> None:
 
 
 def _fail(message: object, status: int) -> int:
-    try:
+    # On a full disk, the exit status and what comes on standard output must do.
+    with contextlib.suppress(OSError):
         print("tinyvgg_jax: " + terminal.one_line(message), file=sys.stderr)
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass  # On a full disk the exit status, and what comes on standard output, must do.
     return status
 
 
@@ -556,7 +554,7 @@ def _set_up_output() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
     # The name of a file may hold what this terminal cannot show, or bytes that are no text at all.
-    # In a notebook it is an object of another kind, which takes any text.
+    # In a notebook standard output is an object of another kind, which takes any text.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     # A notebook names a backend of its own, which is not there outside of it. Nothing is shown in

@@ -68,6 +68,12 @@ def status_of(path: Path) -> os.stat_result | None:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def is_folder(path: Path) -> bool:
+    """Tells whether there is a folder at a path that a user gave; raises as `status_of` does."""
+    status = status_of(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a regular file, or a link to one, for reading bytes, without ever waiting.
 

@@ -85,7 +85,11 @@ def raised_signals(
         raise InterruptedRunError(f"interrupted by {name}; {state}", number)
 
     with _first_signal(interrupt, numbers):
-        yield
+        try:
+            yield
+        except InterruptedRunError as error:
+            # It is raised anew, since a library on its way, like tfds, may have changed its words.
+            interrupt(error.signal_number)
 
 
 @contextlib.contextmanager

@@ -206,10 +206,7 @@ def train_together(
             for member in members:
                 groups.setdefault(int(member.state.train.step), []).append(member)
             for group in groups.values():
-                # One that is left alone shares its batches among the devices only if it can.
-                one = group[0].run
-                uneven = one.config.batch_size % num_devices(one.mesh) != 0
-                train(group, command, stacked=len(group) > 1 or uneven)
+                train(group, command)
         return [finish(member.run, member.state, command) for member in members]
 
 
@@ -261,23 +258,22 @@ def restore_member(run: Run, command: Command, open_checkpoints: contextlib.Exit
     return Member(run, state or first_state(run), checkpoints)
 
 
-def train(members: list[Member], command: Command, stacked: bool) -> None:
+def train(members: list[Member], command: Command) -> None:
     """Trains runs that are at the same step to the end of their last epoch.
 
     Args:
         members: runs that differ in their seeds only. Their states change.
         command: the call that trains them.
-        stacked: whether their arrays are stacked, and the runs spread over the devices; needed for
-            more than one.
     """
     run, history = members[0].run, members[0].state.history
     num_epochs, batch_size = run.config.num_epochs, run.config.batch_size
     if len(history) == num_epochs:
         return
-    pipeline = make_pipeline([member.run for member in members], stacked)
+    runs = [member.run for member in members]
+    pipeline, stacked = make_pipeline(runs), are_stacked(runs)
     profiled = run.config.profile and processes.is_first()
     profile = Profile(files.subfolder(run.workdir, "profile") if profiled else None)
-    progress = TrainingProgress([member.run for member in members], command)
+    progress = TrainingProgress(runs, command)
     with stop_signals() as received, contextlib.closing(profile), contextlib.ExitStack() as opened:
         stop = processes.Stop(received)
         writers = [processes.on_first(partial(open_records, m, opened)) for m in members]
@@ -342,15 +338,23 @@ def write_records(member: Member, writer: TensorBoard | None) -> None:
     writer.add(member.state.history[-1])
 
 
-def make_pipeline(runs: list[Run], stacked: bool) -> StreamPipeline | DevicePipeline:
+def are_stacked(runs: list[Run]) -> bool:
+    """Tells whether runs have their arrays stacked, and are spread over the devices.
+
+    Several are. So is a single one whose batches the devices cannot share evenly, which is the last
+    of several seeds.
+    """
+    return len(runs) > 1 or runs[0].config.batch_size % num_devices(runs[0].mesh) != 0
+
+
+def make_pipeline(runs: list[Run]) -> StreamPipeline | DevicePipeline:
     """Chooses how the steps of an epoch run: on images on the device, or on batches from the host.
 
     Args:
-        runs: runs that differ in their seeds only.
-        stacked: whether their arrays are stacked. Such runs need their images on the device, and
-            are spread over the devices; any other shares each batch among them.
+        runs: runs that differ in their seeds only. Stacked ones need their images on the device;
+            any other shares each batch among the devices.
     """
-    run, mesh = runs[0], runs[0].mesh
+    run, mesh, stacked = runs[0], runs[0].mesh, are_stacked(runs)
     config, split = run.config, run.splits["train"]
     keys = stack([run.keys for run in runs], mesh) if stacked else run.keys
     step = run.train_step(shared=mesh is not None and not stacked)

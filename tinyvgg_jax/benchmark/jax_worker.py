@@ -92,10 +92,7 @@ def train(case: dict[str, Any]) -> Prepared:
 
     run(1)
 
-    def facts() -> dict[str, Any]:
-        return device_facts() | {"devices": 1 if mesh is None else num_devices(mesh)}
-
-    return Prepared(run, facts)
+    return Prepared(run, lambda: device_facts() | {"devices": num_devices(mesh)})
 
 
 def endless(

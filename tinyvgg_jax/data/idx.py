@@ -49,8 +49,15 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def is_idx_folder(folder: Path) -> bool:
-    """Tells whether a folder holds any of the four files."""
-    return any(find(folder, name) for name in FILE_NAMES)
+    """Tells whether a folder holds any of the four files.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return any(find(folder, name) for name in FILE_NAMES)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}.") from error
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,8 +19,8 @@ from PIL import Image
 
 from tinyvgg_jax.data import fetch, idx
 from tinyvgg_jax.data.folder import DEFAULTS, Options, Rows, fingerprint, read_folder
-from tinyvgg_jax.errors import InterruptedRunError, UserError, first_line
-from tinyvgg_jax.paths import status_of
+from tinyvgg_jax.errors import UserError, first_line
+from tinyvgg_jax.paths import is_folder
 from tinyvgg_jax.signals import raised_signals
 
 logger = logging.getLogger(__name__)
@@ -94,9 +93,7 @@ def prepare_own(name: str, data_dir: Path, source_dir: Path, options: Options) -
     """
     with _scratch(name, data_dir) as scratch:
         examples: Examples
-        with _reading(source_dir):
-            holds_idx = idx.is_idx_folder(source_dir)
-        if holds_idx:
+        if idx.is_idx_folder(source_dir):
             class_names, examples = idx.read_any(source_dir)
         else:
             class_names, examples = read_folder(source_dir, options, scratch)
@@ -117,11 +114,7 @@ def check_name(name: str, source_dir: Path) -> None:
         UserError: if it cannot.
     """
     if name == NAME:
-        status = status_of(source_dir)
-        is_folder = status is not None and stat.S_ISDIR(status.st_mode)
-        with _reading(source_dir):
-            holds_others = is_folder and not idx.is_idx_folder(source_dir)
-        if holds_others:
+        if is_folder(source_dir) and not idx.is_idx_folder(source_dir):
             raise UserError(
                 f"{source_dir} holds no IDX files of FashionMNIST. To train on a folder of "
                 "pictures, give it a name of its own: --config.data.name=NAME."
@@ -143,25 +136,10 @@ def describe_source(source_dir: Path, options: Options) -> dict[str, Any]:
     Raises:
         UserError: if the folder cannot be read.
     """
-    with _reading(source_dir):
-        if idx.is_idx_folder(source_dir):
-            names = idx.class_names_sha256(source_dir)
-            content = {"content": idx.content_sha256(source_dir)}
-            return content | ({"classes": names} if names else {})
-        return {"content": fingerprint(source_dir), "fit": options.fit or "crop"}
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that a folder cannot be read."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror or error}.") from error
-
-
-# What a signal leaves behind.
-_UNCHANGED = "nothing was prepared."
+    if idx.is_idx_folder(source_dir):
+        names = idx.class_names_sha256(source_dir)
+        return {"content": idx.content_sha256(source_dir)} | ({"classes": names} if names else {})
+    return {"content": fingerprint(source_dir), "fit": options.fit or "crop"}
 
 
 @contextlib.contextmanager
@@ -177,14 +155,8 @@ def _scratch(name: str, data_dir: Path) -> Iterator[Path]:
         ) from error
     try:
         # SIGTERM would leave the scratch folder, in which all pictures may lie.
-        with raised_signals(_UNCHANGED, (signal.SIGTERM,)):
+        with raised_signals("nothing was prepared.", (signal.SIGTERM,)):
             yield scratch
-    except InterruptedRunError as error:
-        # tfds puts the example that it was writing before the message.
-        name_of_signal = signal.Signals(error.signal_number).name
-        raise InterruptedRunError(
-            f"interrupted by {name_of_signal}; {_UNCHANGED}", error.signal_number
-        ) from None
     except OSError as error:
         raise UserError(f"cannot prepare {name} in {data_dir}: {error}") from error
     finally:

@@ -189,27 +189,30 @@ def _decode(dataset: Dataset, split: str) -> Split:
         for indices in _batches(len(source), f"decoding {split}"):
             for i, example in zip(indices, source.__getitems__(list(indices)), strict=True):
                 images[i], labels[i] = example["image"], example["label"]
-    except MemoryError as error:
-        raise UserError(
+    except Exception as error:
+        raise _reading_error(dataset, split, error) from error
+    return Split(images, labels)
+
+
+def _reading_error(dataset: Dataset, split: str, error: Exception) -> UserError:
+    """Says why a split cannot be decoded; an intact one is not called damaged."""
+    if isinstance(error, MemoryError):
+        return UserError(
             f"there is too little memory for the split {split!r} of {dataset.name}: "
             f"{first_line(error)}."
-        ) from error
-    except UnicodeEncodeError as error:
-        raise UserError(
+        )
+    if isinstance(error, UnicodeEncodeError):
+        return UserError(
             f"the files in {dataset.folder} cannot be opened, because this path is no UTF-8 text; "
             "pass another folder as --config.data.data_dir."
-        ) from error
-    except FileNotFoundError as error:
-        raise dataset.damaged(f"its split {split!r}: {first_line(error)}") from error
-    except OSError as error:
-        raise UserError(
+        )
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return UserError(
             f"the split {split!r} of {dataset.name} cannot be read: {error}. If it is damaged, "
             f"remove {dataset.folder} and run again."
-        ) from error
-    except Exception as error:
-        # The readers of array_record, of its examples and of PNG each raise their own exceptions.
-        raise dataset.damaged(f"its split {split!r}: {first_line(error)}") from error
-    return Split(images, labels)
+        )
+    # The readers of array_record, of its examples and of PNG each raise their own exceptions.
+    return dataset.damaged(f"its split {split!r}: {first_line(error)}")
 
 
 def _source(dataset: Dataset, split: str) -> Any:

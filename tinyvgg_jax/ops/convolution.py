@@ -118,9 +118,14 @@ def _gradients_in_c(images: Array, kernel: Array, gradient: Array, gate: Array) 
 
 def _gradients_in_xla(images: Array, kernel: Array, gradient: Array) -> Gradients:
     """Computes all gradients by XLA from the gradient behind the ReLU's gate."""
-    _, input_vjp = jax.vjp(partial(_same_convolution, kernel=kernel), images)
+    of_images = _input_gradient(images, kernel, gradient)
     of_kernel = _kernel_gradient(images, kernel, gradient)
-    return input_vjp(gradient)[0], of_kernel, gradient.sum(axis=(0, 1, 2))
+    return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
+
+
+def _input_gradient(images: Array, kernel: Array, gradient: Array) -> Array:
+    """Computes the images' gradient by XLA; it depends on the shape of `images` only."""
+    return jax.vjp(partial(_same_convolution, kernel=kernel), images)[1](gradient)[0]
 
 
 @jax.custom_batching.custom_vmap
@@ -190,10 +195,10 @@ def _backward(residuals: tuple[Array, Array, Array], gradient: Array) -> Gradien
     def patches(images: Array, kernel: Array, gradient: Array, output: Array) -> Gradients:
         gradient = jnp.where(output > 0, gradient, 0)
         # XLA is slow at the kernel's gradient only; that of the images is one more convolution.
-        _, input_vjp = jax.vjp(partial(_same_convolution, kernel=kernel), images)
         size = (kernel.shape[0], kernel.shape[1])
         of_kernel = _kernel_gradient_from_patches(images, gradient, size).astype(kernel.dtype)
-        return input_vjp(gradient)[0], of_kernel, gradient.sum(axis=(0, 1, 2))
+        of_images = _input_gradient(images, kernel, gradient)
+        return of_images, of_kernel, gradient.sum(axis=(0, 1, 2))
 
     cpu = _gradients_in_c if _runs_in_c(images, kernel) else patches
     return lax.platform_dependent(images, kernel, gradient, output, cpu=cpu, default=xla)

@@ -19,7 +19,7 @@ from PIL import Image
 from tinyvgg_jax.errors import UserError
 from tinyvgg_jax.model import TinyVGG
 from tinyvgg_jax.ops.pooling import max_pool_2x2
-from tinyvgg_jax.paths import local_path, open_regular
+from tinyvgg_jax.paths import local_path, open_regular, status_of
 from tinyvgg_jax.pictures import load_picture, quiet_pillow
 from tinyvgg_jax.predict import Predictor, load_predictor
 from tinyvgg_jax.report.plots import png, short
@@ -131,7 +131,7 @@ def explain_file(
     """
     workdir, path = local_path(workdir), local_path(path)
     target = output_file(output) if output else None
-    if target and target.exists() and path.exists() and target.samefile(path):
+    if target and status_of(path) and status_of(target) and target.samefile(path):
         raise UserError(f"{path} is the picture itself; name another file for its explanation.")
     predictor = load_predictor(workdir, step)
     with quiet_pillow():

@@ -6,13 +6,12 @@ import json
 import logging
 import operator
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinyvgg_jax.errors import UserError
-from tinyvgg_jax.paths import local_path, open_regular, status_of
+from tinyvgg_jax.paths import is_folder, local_path, open_regular
 from tinyvgg_jax.report.tables import columns, percentage
 from tinyvgg_jax.runs.files import read_json
 from tinyvgg_jax.runs.folder import read_summary
@@ -71,8 +70,7 @@ def list_runs(folders: Sequence[str | Path]) -> list[ListedRun]:
     """
     found: dict[Path, ListedRun] = {}
     for folder in map(local_path, folders):
-        status = status_of(folder)
-        if status is None or not stat.S_ISDIR(status.st_mode):
+        if not is_folder(folder):
             raise UserError(f"there is no folder {folder}.")
         for workdir in _workdirs(folder):
             try:

@@ -157,8 +157,7 @@ def _rounded(
     found = predict(exact)
     if (found.predicted != exact.predicted).any():
         return whole, tested
-    # Written so that no number that is not finite passes.
-    if not np.abs(found.probabilities - exact.probabilities).max() <= LARGEST_DIFFERENCE:
+    if not np.allclose(found.probabilities, exact.probabilities, rtol=0, atol=LARGEST_DIFFERENCE):
         return whole, tested
     return half, predict(tested)
 
